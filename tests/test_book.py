@@ -1,0 +1,336 @@
+"""The book's own tools: exercises, README, pages, and the checks that CI asks first."""
+import os, re, shutil, subprocess, sys
+from pathlib import Path
+
+import pytest
+for needed in ('nbdev', 'nbconvert', 'nbclient', 'jupyter_server_mathjax'): pytest.importorskip(needed)
+import nbformat
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from flowbook import book
+
+ROOT = book.book_root(Path(__file__).parent)
+OFF = '#| eval: false\n'
+PNG = 'iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=='
+
+
+def code(source, *tags, outputs=()):
+    fold = {'jupyter': {'source_hidden': True}} if {'solution', 'wrong'} & set(tags) else {}
+    return new_code_cell(source, metadata={'tags': list(tags), **fold} if tags else {}, outputs=list(outputs))
+
+def figure():
+    shown = new_output('display_data', {'image/png': PNG, 'text/plain': '<Figure>'})
+    return code("plt.plot([1]); plt.title('One point')", outputs=[shown])
+
+def exercise(unsolved='def twice(x): ...', solution='def twice(x): return 2 * x', wrong='def twice(x): return x**2',
+             check="assert twice(3) is not None, 'hint: return a number'\nassert twice(3) == 6, 'hint: not the square'"):
+    return [code(OFF + unsolved, 'exercise', 'ex-twice'), code(OFF + check, 'check', 'ex-twice', 'raises-exception'),
+            code(OFF + solution, 'solution', 'ex-twice'), code(OFF + wrong, 'wrong', 'ex-twice')]
+
+CHAPTER = ['# Points\n\n> About one point.', code('#| default_exp points'),
+           '## Where $x^2$ is\n\nInline $x^2$, displayed $$\\int p(x)\\,dx = 1.$$',
+           code('#| export\ndef point(): return 1'), code('#| hide\nsecret = 1'), figure(),
+           'See [the front](index.ipynb), [a result](results/r.json) and [the licence](../LICENSE).']
+INDEX = ['# Book\n\n> In short.', 'Chapter [one](01_points.ipynb#Exercises). ![a square](images/square.png)',
+         code('#| echo: false\nprint("shown")', outputs=[new_output('stream', name='stdout', text='shown\n')])]
+
+@pytest.fixture
+def make(tmp_path):
+    "Makes a checkout from chapters: lists of cells, where a string is markdown."
+    def make(**chapters):
+        (tmp_path/'nbs'/'images').mkdir(parents=True), (tmp_path/'nbs'/'results').mkdir()
+        shutil.copy(ROOT/'settings.ini', tmp_path)
+        (tmp_path/'LICENSE').write_text('free'), (tmp_path/'nbs'/'results'/'r.json').write_text('{}')
+        shutil.copy(ROOT/'LICENSE', tmp_path/'nbs'/'images'/'square.png')     # any file will do
+        for name, cells in chapters.items(): write(tmp_path/'nbs'/f'{name}.ipynb', cells)
+        return tmp_path
+    return make
+
+def write(path, cells):
+    cells = [new_markdown_cell(c) if isinstance(c, str) else c for c in cells]
+    nb = new_notebook(cells=cells, metadata={'kernelspec': {'name': 'python3', 'display_name': 'python3', 'language': 'python'}})
+    for i, c in enumerate(nb.cells): c.id = f'cell-{i}'
+    nbformat.write(nb, path)
+    return path
+
+
+# exercises
+
+BOOK = [(f, ex) for f in book.notebooks(ROOT) for ex in book.exercises(f)]
+
+@pytest.mark.parametrize('ex', [ex for _, ex in BOOK], ids=[f'{f.stem}:{ex.name}' for f, ex in BOOK])
+def test_exercises_of_the_book(ex):
+    report = book.check_exercise(ex)
+    assert report.problems == [] and {'unsolved', 'wrong'} <= report.hints.keys()
+
+def test_good_exercise(tmp_path):
+    ex, = book.exercises(write(tmp_path/'a.ipynb', exercise()))
+    assert book.check_exercise(ex) == ('ex-twice', {'unsolved': 'hint: return a number', 'wrong': 'hint: not the square'}, [])
+
+@pytest.mark.parametrize('change, problem', [
+    (dict(solution='def twice(x): return 3 * x'), 'the check does not pass the solution: AssertionError'),
+    (dict(solution='raise SystemExit(1)'), 'the check does not pass the solution: SystemExit'),
+    (dict(unsolved='def twice(x): return 6'), 'the check passes the unsolved answer'),
+    (dict(unsolved=''), 'the unsolved answer raises NameError'),
+    (dict(wrong='def twice(x): return x + x'), 'the check passes the wrong answer'),
+    (dict(wrong='def twice(x): return x.y'), 'the wrong answer raises AttributeError'),
+    (dict(check='assert twice(3) == 6'), 'the unsolved answer fails without a hint'),
+    (dict(check='assert twice(3) == 6, " "'), 'the wrong answer fails without a hint'),
+])
+def test_bad_exercise(tmp_path, change, problem, capsys):
+    path = write(tmp_path/'a.ipynb', exercise(**change))
+    assert any(p.startswith(problem) for p in book.check_exercise(book.exercises(path)[0]).problems)
+    assert book.report_exercises([path]) == 1 and '0 passed, 1 failed' in capsys.readouterr().out
+
+@pytest.mark.parametrize('missing', ['exercise', 'check', 'solution', 'wrong'])
+def test_missing_cell_is_named(tmp_path, missing):
+    cells = [c for c in exercise() if missing not in c.metadata.tags]
+    assert book.exercises(write(tmp_path/'a.ipynb', cells))[0].problems == [f'there is no {missing} cell']
+
+def test_malformed_cells_are_named(tmp_path):
+    cells = exercise()
+    cells[0].source = 'def twice(x): ...'                      # would be run by nbdev_test
+    cells[1].metadata.tags.remove('raises-exception')
+    del cells[2].metadata['jupyter']
+    cells += [code(OFF + 'x', 'wrong'), code(OFF + 'x', 'ex-twice'), code(OFF + 'y', 'solution', 'ex-twice')]
+    found = {ex.name: ex.problems for ex in book.exercises(write(tmp_path/'a.ipynb', cells))}
+    text = '\n'.join(sum(found.values(), []))
+    for problem in ('exercise cell lacks `#| eval: false`', 'lacks the tag raises-exception', 'solution cell is not folded',
+                    'a wrong cell needs one tag ex-NAME', 'a cell needs one of the tags', 'there are 2 solution cells'):
+        assert problem in text
+    assert 'cell 5' in found, 'a cell without a name is named by its place'
+
+def test_answers_do_not_see_each_other(tmp_path):
+    ex, = book.exercises(write(tmp_path/'a.ipynb', exercise(solution='left = 1\ndef twice(x): return 2 * x',
+        wrong='def twice(x): return globals().get("left", 0)', unsolved='def twice(x): return globals().get("left")')))
+    assert book.check_exercise(ex).problems == []
+
+
+# README
+
+def test_readme_follows_the_index(make):
+    root = make(index=INDEX)
+    text = book.readme(root)
+    assert '](nbs/01_points.ipynb#Exercises)' in text and '](nbs/images/square.png)' in text
+    assert 'print' not in text and 'shown' in text, 'echo: false hides the code, not what it printed'
+    assert book.readme_problems(root)[0].startswith('README.md is not current')
+    (root/'README.md').write_text(text)
+    assert book.readme_problems(root) == []
+
+def test_readme_command(make, monkeypatch, capsys):
+    root = make()
+    monkeypatch.chdir(root/'nbs')
+    assert book.main(['readme', '--check']) == 0 and 'skipped' in capsys.readouterr().out
+    write(root/'nbs'/'index.ipynb', INDEX)
+    assert book.main(['readme', '--check']) == 1 and 'not current' in capsys.readouterr().out
+    assert book.main(['readme']) == 0 and book.main(['readme', '--check']) == 0
+
+def test_readme_refuses_image_outputs(make):
+    root = make(index=INDEX + [figure()])
+    with pytest.raises(ValueError, match=r'One point.*nbs/images'): book.readme(root)
+
+
+# pages
+
+@pytest.fixture
+def site(make):
+    return book.pages(make(**{'index': INDEX, '01_points': CHAPTER + ['## Exercises'] + exercise()}))
+
+@pytest.fixture(autouse=True)
+def somewhere(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)
+
+def test_pages(site):
+    assert book.check_site(site) == []
+    html = (site/'01_points.html').read_text()
+    assert '<h1 id="Points">' in html and '$$\\int p(x)\\,dx = 1.$$' in html
+    assert 'secret' not in html and 'exported to points.py' in html and '#|' not in html and 'default_exp' not in html
+    assert re.search(r'<img alt="One point" src="01_points_files/\w+\.png"', html)
+    assert 'base64' not in html and '&lt;Figure' not in html
+    assert 'href="index.html"' in html and 'results/r.json' in html and (site/'results'/'r.json').is_file()
+    assert f"{book.settings(ROOT)['git_url']}/blob/main/LICENSE" in html, 'what is not on the site is linked to the repository'
+    assert html.count('<details class="solution">') == html.count('<details class="wrong">') == 1
+    assert 'Check: run it after your answer' in html
+    assert 'rel="next" href="01_points.html"' in (site/'index.html').read_text() and 'aria-current="page"' in html
+    assert (site/'images'/'square.png').is_file()
+
+def test_pages_load_nothing_from_the_web(site):
+    for f in [*site.glob('*.html'), *site.glob('assets/*.css')]:
+        text = f.read_text()
+        assert not re.search(r'(src|<link[^>]*href)\s*=\s*"(https?:)?//', text) and '@import' not in text
+        assert not re.search('cdn|require(\\.min)?\\.js|jquery|mermaid|fonts\\.g', text, re.I)
+    assert (site/'assets'/'mathjax'/'MathJax.js').is_file() and list(site.rglob('*.woff'))
+    assert not list(site.rglob('mathmaps'))
+
+def test_widgets_fall_back_to_their_figure(make):
+    view = {'application/vnd.jupyter.widget-view+json': {'model_id': 'x'}, 'text/plain': 'interactive(children=())'}
+    cell = code('interact(f)', outputs=[new_output('display_data', view), *figure().outputs])
+    script = code('js', outputs=[new_output('display_data', {'application/javascript': '1'})])
+    root = make(**{'01_w': ['# W', cell, script]})
+    html = (book.pages(root)/'01_w.html').read_text()
+    assert 'interactive(children' not in html and 'widget' not in html and html.count('<img') == 1
+
+def test_pages_do_not_run_code(make):
+    exported = code("#| export\nopen('ran', 'w').write('x')\nimport nothing_of_this_name")
+    root = make(**{'01_x': ['# X', code('#| default_exp x'), exported]})
+    book.pages(root)
+    assert not list(root.rglob('ran'))
+
+def test_pages_without_index(make):
+    site = book.pages(make(**{'01_points': ['# Points', figure()]}))
+    assert book.check_site(site) == [] and '01_points.html' in (site/'index.html').read_text()
+
+def test_pages_leave_other_folders_alone(make, tmp_path):
+    root = make(index=['# Book'])
+    with pytest.raises(ValueError, match='not an older site'): book.pages(root, tmp_path/'nbs')
+    assert book.pages(root, tmp_path/'out') == book.pages(root, tmp_path/'out'), 'an older site is replaced'
+
+@pytest.mark.parametrize('bad, problem', [
+    ('<a href="nowhere.html">x</a>', 'broken link: nowhere.html'),
+    ('<a href="01_points.html#nothing">x</a>', 'no such anchor: 01_points.html#nothing'),
+    ('<a href="#nothing">x</a>', 'no such anchor: #nothing'),
+    ('<a href="/root.html">x</a>', 'broken link: /root.html'),
+    ('<img src="no.png" alt="">', 'broken resource: no.png'),
+    ('<img src="images/square.png">', 'image without alt text: images/square.png'),
+    ('<script src="https://cdn.example.org/a.js"></script>', 'resource from the web: https://cdn.example.org/a.js'),
+    ('<script src="//example.org/a.js"></script>', 'resource from the web: //example.org/a.js'),
+    ('<script>load("https://cdn.example.org/a.js")</script>', 'resource from the web: https://cdn.example.org/a.js'),
+    ('<link rel="stylesheet" href="http://example.org/a.css">', 'resource from the web: http://example.org/a.css'),
+    ('<img src="https://example.org/a.png" alt="">', 'resource from the web: https://example.org/a.png'),
+    ('<style>@import url("https://example.org/a.css");</style>', 'resource from the web: https://example.org/a.css'),
+    ('<p style="background: url(https://example.org/a.png)">x</p>', 'resource from the web: https://example.org/a.png'),
+])
+def test_check_site_finds(site, bad, problem):
+    page = site/'index.html'
+    page.write_text(page.read_text().replace('</main>', bad + '</main>'))
+    assert f'index.html: {problem}' in book.check_site(site)
+
+def test_check_site_allows(site):
+    page = site/'index.html'
+    good = ('<a href="https://arxiv.org/abs/2412.06329">paper</a><a href="mailto:a@b.org">mail</a><a href="#">top</a>'
+            '<a href="01_points.html#Points">x</a><img src="data:image/png;base64,AA" alt="">'
+            '<script>var ns = "http://www.w3.org/1999/xhtml"</script>')
+    page.write_text(page.read_text().replace('</main>', good + '</main>'))
+    assert book.check_site(site) == []
+
+def test_check_site_of_nothing(tmp_path): assert book.check_site(tmp_path)
+
+def test_pages_command(make, monkeypatch, capsys):
+    root = make(**{'01_x': ['# X', 'A [link](02_missing.ipynb) and ![a picture](images/none.png)']})
+    monkeypatch.chdir(root)
+    assert book.main(['pages']) == 1
+    out = capsys.readouterr().out
+    assert 'broken link: 02_missing.html' in out and 'broken resource: images/none.png' in out
+    assert (root/'_site'/'01_x.html').is_file()
+
+@pytest.mark.slow
+def test_maths_is_typeset_in_a_browser(tmp_path):
+    "Every page of the book, opened in a browser without a network."
+    browser = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+    if browser is None: pytest.skip('no browser')
+    site = book.pages(ROOT, tmp_path/'site')
+    assert book.check_site(site) == []
+    options = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-background-networking', '--dump-dom',
+               '--virtual-time-budget=30000', '--host-resolver-rules=MAP * ~NOTFOUND']
+    prose = lambda html: re.sub(r'(?s)<(script|style|pre|code|title)\b.*?</\1>|<[^>]*>', '', html)
+    for i, page in enumerate(sorted(site.glob('*.html'))):
+        command = [browser, *options, f'--user-data-dir={tmp_path}/profile{i}', page.as_uri()]
+        dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+        assert '</html>' in dom, f'{page.name}: the browser gave no page'
+        assert not re.search('class="(MathJax_Error|merror)"|Math Processing Error', dom), f'{page.name}: broken maths'
+        assert not re.search(r'\$\$|\\(frac|log|mathcal|mu|alpha)\b', prose(dom)), f'{page.name}: maths left as TeX'
+        if '$' in prose(page.read_text()): assert 'class="MathJax"' in dom, f'{page.name}: no maths was typeset'
+
+
+# run
+
+def test_run_stores_outputs(make):
+    root = make(**{'01_points': ['# P', code('#| default_exp p'), code("#| export\ndef p(): return 1"),
+                                 code("print('10%\\r100%')"), code("import warnings; warnings.warn('not in the book')"),
+                                 *exercise()]})
+    path = root/'nbs'/'01_points.ipynb'
+    assert book.run([path]) == []
+    cells = nbformat.read(path, 4).cells
+    printed = [o.text for c in cells if c.cell_type == 'code' for o in c.outputs]
+    assert printed == ['100%\n'], 'folded, no warning, exercises not run'
+    assert all(c.cell_type == 'code' for c in cells[1:]) and (root/'flowbook'/'p.py').is_file()
+    assert book.unclean_notebooks(root) == book.stored_errors(root) == []
+
+def test_run_keeps_what_ran(make, monkeypatch, capsys):
+    root = make(**{'01_bad': ['# Bad', code("print('before')"), code('1 / 0'), code("print('after')")]})
+    monkeypatch.chdir(root)
+    assert book.main(['run', 'nbs/01_bad.ipynb']) == 1
+    assert '01_bad.ipynb: cell 3 of 4 failed: ZeroDivisionError: division by zero\n1 / 0' in capsys.readouterr().out
+    cells = nbformat.read('nbs/01_bad.ipynb', 4).cells[1:]
+    assert [[o.output_type for o in c.outputs] for c in cells] == [['stream'], ['error'], []]
+    assert book.stored_errors(root) == ['01_bad.ipynb: cell 3 holds a stored ZeroDivisionError; run the notebook']
+
+def test_run_names_what_took_too_long_or_died(tmp_path):
+    path = write(tmp_path/'a.ipynb', [code('import time; time.sleep(60)')])
+    assert book.run_notebook(path, timeout=1).startswith('a.ipynb: cell 1 of 1 failed: A cell timed out')
+    path = write(tmp_path/'b.ipynb', [code('x = 1'), code('import os; os._exit(1)')])
+    assert book.run_notebook(path).startswith('b.ipynb: cell 2 of 2 failed: Kernel died')
+
+
+# check
+
+@pytest.fixture
+def exported(make, monkeypatch):
+    "A checkout that is in order."
+    root = make(**{'index': INDEX, '01_points': CHAPTER})
+    monkeypatch.setenv('IN_TEST', '1')                         # nbdev_export would silently do nothing
+    book.nbdev('doclinks.nbdev_export', root)
+    book.nbdev('clean.nbdev_clean', root)
+    (root/'README.md').write_text(book.readme(root))
+    return root
+
+def test_check_passes(exported, capsys):
+    assert book.check(exported) == 0 and capsys.readouterr().out.count('ok ') == len(book.CHECKS)
+
+def test_stale_modules(exported):
+    lib = exported/'flowbook'
+    assert book.stale_modules(exported) == []
+    (lib/'points.py').write_text((lib/'points.py').read_text().replace('return 1', 'return 2'))
+    (lib/'old.py').write_text('x = 1\n')
+    assert book.stale_modules(exported) == ['flowbook/old.py: no notebook exports it; delete it',
+                                            'flowbook/points.py: it is not what its notebook exports; run nbdev_export']
+    (lib/'old.py').unlink(), (lib/'points.py').unlink()
+    assert book.stale_modules(exported) == ['flowbook/points.py: it is missing; run nbdev_export']
+
+def test_undefined_names(exported):
+    assert book.undefined_names(exported) == []
+    for text, rules in (('from os import *\ndef f(): return getcwd()\n', ('F403', 'F405')),
+                        ("__all__ = ['gone']\ndef f(): return nowhere\n", ('F822', 'F821'))):
+        (exported/'flowbook'/'points.py').write_text(text)
+        assert all(rule in '\n'.join(book.undefined_names(exported)) for rule in rules)
+
+def test_notebook_checks(exported):
+    path = exported/'nbs'/'02_bad.ipynb'
+    error = new_output('error', ename='ValueError', evalue='no', traceback=['no'])
+    write(path, ['# Bad', code('1', outputs=[error]), code(OFF + 'x', 'exercise', 'ex-x')])
+    text = path.read_text().replace('"execution_count": null', '"execution_count": 7')
+    path.write_text(text)
+    assert book.unclean_notebooks(exported) == ['02_bad.ipynb: nbdev_clean changes it; run it']
+    assert book.stored_errors(exported) == ['02_bad.ipynb: cell 2 holds a stored ValueError; run the notebook']
+    assert book.without_figure(exported) == ['02_bad.ipynb: it has no figure']
+    assert '02_bad.ipynb: ex-x: there is no check cell' in book.malformed_exercises(exported)
+    assert book.invalid_notebooks(exported) == []
+    path.write_text(text.replace('"cell_type": "markdown"', '"cell_type": "prose"'))
+    assert book.invalid_notebooks(exported)[0].startswith('02_bad.ipynb')
+
+def test_machine_paths(exported):
+    (exported/'a.txt').write_text(f'fine: https://a.org/home/x ~/data\nbad: {exported.parent}/x\n')
+    (exported/'b.txt').write_text('/'.join(['', 'home', 'somebody', 'c']))
+    assert [p.split(': ')[0] for p in book.machine_paths(exported)] == ['a.txt:2', 'b.txt:1']
+    if shutil.which('git'):                                    # what git ignores is nobody else's business
+        subprocess.run(['git', 'init', '-q'], cwd=exported, check=True)
+        (exported/'.gitignore').write_text('a.txt\n')
+        assert [p.split(': ')[0] for p in book.machine_paths(exported)] == ['b.txt:1']
+
+def test_outside_a_checkout(tmp_path, capsys):
+    with pytest.raises(ValueError, match='settings.ini'): book.book_root(tmp_path)
+    assert book.main(['check']) == 2 and 'settings.ini' in capsys.readouterr().err
+
+def test_import_is_light():
+    "The tools' packages are for developers; importing the module must not need them."
+    heavy = ['nbformat', 'nbconvert', 'nbdev', 'nbclient', 'jinja2', 'pygments', 'torch', 'fastcore']
+    code = f'import sys; sys.modules.update(dict.fromkeys({heavy})); import flowbook.book'
+    subprocess.run([sys.executable, '-c', code], check=True, env={**os.environ, 'PYTHONPATH': str(ROOT)})

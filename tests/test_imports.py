@@ -1,0 +1,45 @@
+"""The core stands on little: what may be missing is forbidden here, in a fresh process."""
+import subprocess
+import sys
+
+import pytest
+
+FORBIDDEN = ('timm', 'diffusers', 'torch_fidelity', 'ipywidgets', 'matplotlib', 'jupyter', 'jupyterlab', 'IPython', 'notebook', 'nbformat', 'nbconvert',
+             'sklearn', 'scipy', 'torchvision', 'PIL', 'tqdm', 'fastcore', 'nbdev', 'execnb', 'pandas')
+
+CODE = '''
+import sys
+class Forbid:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in {forbidden!r}: raise ImportError('forbidden here: ' + name)
+sys.meta_path.insert(0, Forbid())
+'''
+
+
+def run(code):
+    return subprocess.run([sys.executable, '-c', CODE.format(forbidden=FORBIDDEN) + code], capture_output=True, text=True)
+
+
+def test_the_guard_forbids():
+    assert 'forbidden here: matplotlib' in run('import matplotlib').stderr
+
+
+@pytest.mark.parametrize('module', ['tarflow', 'flows', 'data', 'train', 'metrics', 'evidence'])
+def test_modules_import_alone(module):
+    r = run(f'import flowbook.{module}')
+    assert r.returncode == 0, r.stderr
+
+
+def test_tarflow_trains_samples_and_saves_alone(tmp_path):
+    "Not only the import: a step, samples, a checkpoint and back, with nothing else to be had."
+    r = run(f'''
+import torch
+from flowbook.tarflow import TarFlow
+from flowbook.train import fit
+flow = TarFlow(4, 1, 2, 16, 2, 1, 8, classes=3)
+log, = fit(flow, iter([(torch.rand(5, 1, 4, 4), torch.tensor([0, 1, 2, -1, 0]))]), steps=1)
+x = flow.sample(torch.tensor([0, 1]))
+flow.save_pretrained({str(tmp_path)!r})
+print(torch.equal(TarFlow.from_pretrained({str(tmp_path)!r}).log_prob(x), flow.log_prob(x)))
+''')
+    assert r.returncode == 0 and r.stdout.strip() == 'True', r.stderr

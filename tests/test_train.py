@@ -1,0 +1,171 @@
+"""The loop: what a step costs, what it allocates, when it waits, and what survives a bad one."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import flowbook.flows
+import flowbook.tarflow
+import flowbook.train
+from flowbook.data import batches, load
+from flowbook.tarflow import TarFlow
+from flowbook.train import NLL, DropLabels, GaussianNoise, Meter, NonFiniteLoss, ema, fit
+
+DIGITS = load('digits')
+N = 16                                                        # tokens of an 8x8 digit at patch 2
+
+
+def stream(**kw): return batches(DIGITS, 32, transforms=[GaussianNoise(.2), DropLabels(.1)], **kw)
+
+
+def small(seed=0, **kw):
+    torch.manual_seed(seed)
+    return TarFlow(8, 1, 2, 32, 2, 1, 16, classes=10, **kw)
+
+
+class Recorder(TorchDispatchMode):
+    "Every operation below autograd: its name, and the shapes and types of what it makes."
+    def __init__(self): super().__init__(); self.names, self.made = [], []
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.names.append(str(func))
+        for o in (out if isinstance(out, (tuple, list)) else [out]):
+            if isinstance(o, torch.Tensor): self.made.append((str(func), tuple(o.shape), o.dtype))
+        return out
+
+
+def test_attention_is_fused_and_allocates_no_mask(monkeypatch):
+    calls, real = [], F.scaled_dot_product_attention
+    def spy(*a, **kw): calls.append((len(a), kw)); return real(*a, **kw)
+    monkeypatch.setattr(flowbook.tarflow.F, 'scaled_dot_product_attention', spy)
+    flow, b = small(), next(stream())
+    with Recorder() as rec: NLL()(flow, b.x, b.y)
+    assert calls and all(n == 3 and kw['is_causal'] and kw.get('attn_mask') is None for n, kw in calls)
+    square = [m for m in rec.made if len(m[1]) >= 2 and m[1][-1] == m[1][-2] in (N - 1, N)]
+    assert not square, f'something of n x n was made: {square}'
+    assert any('scaled_dot_product' in n and 'math' not in n for n in rec.names), 'the fused kernel was not used'
+    # and the test can fail: an explicit mask is seen
+    with Recorder() as rec: F.scaled_dot_product_attention(*torch.randn(3, 1, 1, N, 8), attn_mask=torch.ones(N, N).tril().bool())
+    assert [m for m in rec.made if m[1][-2:] == (N, N)]
+
+
+def test_between_reports_nothing_waits_for_the_device(monkeypatch):
+    "`item()`, `bool(tensor)`, `nonzero()` are what makes a CPU wait for a GPU: none between two reports."
+    monkeypatch.setattr(flowbook.flows, 'check_y', lambda *a: None)      # looks at labels on a CPU only
+    monkeypatch.setattr(flowbook.tarflow, 'check_y', lambda *a: None)
+    reads, real = [], Meter.read
+    monkeypatch.setattr(Meter, 'read', lambda self, **kw: reads.append(1) or real(self, **kw))
+    waits, data = [], [next(stream())] * 20
+    with Recorder() as rec:
+        for log in fit(small(), data, steps=20, every=10): waits.append(sum('_local_scalar_dense' in n or 'nonzero' in n for n in rec.names))
+    assert waits == [0, 0] and len(reads) == 2
+    with Recorder() as rec: bool(torch.ones(1))
+    assert any('_local_scalar_dense' in n for n in rec.names)             # the recorder does see a wait
+
+
+def test_forward_and_backward_run_where_values_do_not_exist():
+    "On the meta device any look at a value raises: loss and gradient need none."
+    for kind in ('nvp', 'vp', 'coupling'):
+        flow = small(kind=kind).to('meta')
+        NLL()(flow, torch.empty(4, 1, 8, 8, device='meta'), torch.empty(4, dtype=torch.long, device='meta'))
+        assert all(p.grad is not None for p in flow.parameters())
+
+
+def test_the_same_seed_the_same_weights():
+    def run(seed):
+        flow = small(seed)
+        logs = list(fit(flow, stream(seed=seed), steps=8, every=2))
+        return [log['loss'] for log in logs], flow.state_dict()
+    (l1, s1), (l2, s2), (l3, _) = run(0), run(0), run(1)
+    assert l1 == l2 and l1 != l3 and all(torch.equal(s1[k], s2[k]) for k in s1)
+
+
+def test_reporting_does_not_change_training():
+    flows = [small() for _ in range(2)]
+    for flow, every in zip(flows, (1, 7)): list(fit(flow, stream(), steps=9, every=every))
+    assert all(torch.equal(p, q) for p, q in zip(*(f.parameters() for f in flows)))
+
+
+def test_logs_are_means_since_the_last_report():
+    ones = [log['loss'] for log in fit(small(), stream(), steps=9, every=1)]
+    fours = list(fit(small(), stream(), steps=9, every=4))
+    assert [log['step'] for log in fours] == [4, 8, 9]
+    for log, part in zip(fours, (ones[:4], ones[4:8], ones[8:])): assert math.isclose(log['loss'], sum(part) / len(part), rel_tol=1e-5)
+
+
+class Poison:
+    "An objective that goes bad at one call: a NaN loss, an infinite one, or a gradient that is NaN while the loss is fine."
+    def __init__(self, at, how): self.at, self.how, self.calls = at, how, 0
+    def __call__(self, flow, x, y):
+        self.calls += 1
+        logs = NLL()(flow, x, y)
+        if self.calls == self.at:
+            if self.how == 'gradient': next(flow.parameters()).grad.fill_(math.nan)
+            else: logs['loss'] = logs['loss'] * float(self.how); next(flow.parameters()).grad.mul_(float(self.how))
+        return logs
+
+
+@pytest.mark.parametrize('how', ['nan', 'inf', 'gradient'])
+@pytest.mark.parametrize('every', [1, 10])
+@pytest.mark.parametrize('clip', [1., None])
+def test_a_bad_step_leaves_the_last_good_weights(how, every, clip):
+    flow, good = small(), small()
+    with pytest.raises(NonFiniteLoss, match='step 4') as e: list(fit(flow, stream(), Poison(4, how), steps=10, every=every, clip=clip))
+    assert e.value.step == 4 and 'learning rate' in str(e.value)
+    list(fit(good, stream(), steps=3, every=3, clip=clip, schedule=lambda s, steps, w: flowbook.train.cosine(s, 10, w)))
+    assert all(torch.equal(p, q) and p.isfinite().all() for p, q in zip(flow.parameters(), good.parameters()))
+
+
+def test_without_a_fused_kernel_a_bad_step_is_skipped_too(monkeypatch):
+    monkeypatch.setattr(flowbook.train, 'adamw', lambda params, lr, betas, wd: torch.optim.AdamW(params, lr, betas, weight_decay=wd, fused=False))
+    flow = small()
+    with pytest.raises(NonFiniteLoss, match='step 2'): list(fit(flow, stream(), Poison(2, 'nan'), steps=5, every=5))
+    assert all(p.isfinite().all() for p in flow.parameters())
+
+
+def test_moving_average():
+    "The average follows its recursion, step by step."
+    flow = small()
+    avg, want = ema(flow, .9), None
+    for log in fit(flow, stream(), steps=6, every=1, ema=avg):
+        now = [p.detach().double().clone() for p in flow.parameters()]
+        want = now if want is None else [.9 * w + .1 * n for w, n in zip(want, now)]
+    assert all(torch.allclose(p.double(), w, atol=1e-6) for p, w in zip(avg.module.parameters(), want))
+
+
+def test_an_objective_with_parameters_is_trained_too():
+    class Scaled(torch.nn.Module):
+        def __init__(self): super().__init__(); self.bias = torch.nn.Parameter(torch.ones(()))
+        def __call__(self, flow, x, y):
+            loss = -flow.log_prob(x, y).mean() / x[0].numel() + self.bias**2
+            loss.backward()
+            return {'loss': loss.detach(), 'bias': self.bias.detach()}
+    obj = Scaled()
+    logs = list(fit(small(), stream(), obj, steps=5, every=5))
+    assert obj.bias < 1 and 'bias' in logs[-1]
+
+
+def test_bf16_autocast_keeps_the_likelihood_in_float32():
+    flow, b = small(), next(stream())
+    with torch.autocast('cpu', torch.bfloat16):
+        z, logdet = flow(b.x, b.y)
+        assert z.dtype == logdet.dtype == flow.log_prob(b.x, b.y).dtype == torch.float32
+    logs = list(fit(flow, stream(), steps=10, every=10, amp='bf16'))
+    assert math.isfinite(logs[-1]['loss'])
+
+
+@pytest.mark.slow
+def test_compile_gives_the_same_training():
+    a, b = small(), small()
+    la, lb = (list(fit(f, stream(), steps=5, every=1, compile=c)) for f, c in ((a, False), (b, True)))
+    assert all(math.isclose(x['loss'], y['loss'], rel_tol=1e-4, abs_tol=1e-4) for x, y in zip(la, lb))
+    assert set(a.state_dict()) == set(b.state_dict())
+
+
+def test_interrupted_by_hand():
+    flow = small()
+    for log in fit(flow, stream(), steps=1000, every=1):
+        if log['step'] == 3: break
+    assert all(p.isfinite().all() for p in flow.parameters())
