@@ -22,7 +22,7 @@ import torch
 # %% ../nbs/03_evidence.ipynb #b3ae31a1
 # Axis legend of this module: b batch, n seeds in the statistics, d dimensions, c h w image.
 
-# %% ../nbs/03_evidence.ipynb #0b75b66f
+# %% ../nbs/03_evidence.ipynb #7e818ddc
 class Summary(NamedTuple):
     "Mean, standard deviation (n - 1; 0 for a single value), how many, smallest and largest."
     mean: float
@@ -30,7 +30,7 @@ class Summary(NamedTuple):
     n: int
     low: float
     high: float
-    def __str__(self): return f'{self.mean:.4g} ± {self.sd:.2g} (n={self.n}, {self.low:.4g}..{self.high:.4g})'
+    def __str__(self): return f'{self.mean:.4g} ± {self.sd:.2g} (n={self.n}, {self.low:.4g}..{self.high:.4g})' if self.n > 1 else f'{self.mean:.4g} (n=1)'
 
 def numbers(values, name:str='values') -> list:
     "A flat list of finite floats, or a ValueError that names what was wrong."
@@ -102,7 +102,7 @@ def compare(a, b # numbers, one a seed, the same seeds in the same order
     agree = max(sum(x > 0 for x in d), sum(x < 0 for x in d))
     return Comparison(s.mean, s.sd, s.n, float(s.mean - half), float(s.mean + half), agree, ('not seen', 'a>b', 'a<b')[int(rule(d))])
 
-# %% ../nbs/03_evidence.ipynb #e1949ae4
+# %% ../nbs/03_evidence.ipynb #5ff16bbb
 @lru_cache(None)
 def thresholds(n:int, sims:int=200_000):
     "For simulated comparisons of n seeds with spread 1 and no effect: the shift that would make the rule say 'seen', sorted."
@@ -112,6 +112,7 @@ def thresholds(n:int, sims:int=200_000):
     need = t.ppf(.975, n - 1) * z.std(1, ddof=1) / n**.5 - z.mean(1)
     return np.sort(np.maximum(need, -np.sort(z, 1)[:, n // 5]))   # n // 5 dissenters are allowed
 
+# %% ../nbs/03_evidence.ipynb #13400301
 def check_seeds(n:int) -> None:
     if n != int(n) or n < 3: raise ValueError(f'n: {n}; the rule needs 3 seeds or more')
 
@@ -147,7 +148,7 @@ def power_statement(c:Comparison,      # what `compare` gave
     return (f'{c.n} seeds{st}: difference {c.diff:.3g}{u}, spread {c.sd:.2g} (itself known within a factor of {low:.2g} to {high:.2g}); '
             f'with this spread an effect of {detectable(c.sd, c.n, power):.2g}{u} is seen in {power:.0%} of repetitions, a smaller one may be there.')
 
-# %% ../nbs/03_evidence.ipynb #b5c77357
+# %% ../nbs/03_evidence.ipynb #2d62e05a
 BUDGETS = 'smoke', 'laptop', 'gpu'
 STATES = {'exact': 'an identity, holds within its tolerance', 'failed': 'an identity, violated', 'seen': 'a direction, holds by the rule',
           'reversed': 'a direction, the opposite holds by the rule', 'not seen': 'a direction, neither holds', 'not judged': 'too few seeds to say'}
@@ -157,6 +158,7 @@ class Verdict(NamedTuple):
     state: str
     reason: str
 
+# %% ../nbs/03_evidence.ipynb #4803a066
 def identity(error:float,     # largest error measured
              tolerance:float, # what the claim allows
              what:str) -> Verdict:
@@ -178,7 +180,7 @@ def all_of(*verdicts:Verdict) -> Verdict:
     order = 'failed', 'reversed', 'not judged', 'not seen', 'seen', 'exact'
     return Verdict(min((v.state for v in verdicts), key=order.index), '; '.join(v.reason for v in verdicts))
 
-# %% ../nbs/03_evidence.ipynb #217db3a4
+# %% ../nbs/03_evidence.ipynb #909305df
 @dataclass(frozen=True)
 class Experiment:
     "A registered experiment: what it is called, what it settles, how much it costs, how it is judged."
@@ -190,6 +192,7 @@ class Experiment:
     config: dict                    # budget -> configuration
     verdict: Callable|None = field(default=None, repr=False)
 
+# %% ../nbs/03_evidence.ipynb #61f56d67
 EXPERIMENTS = {}
 CHAPTERS = 'evidence',              # modules that register experiments: a chapter that does adds its module here
 
@@ -253,7 +256,7 @@ def provenance(budget:str) -> dict:
     return {'device': device, 'threads': torch.get_num_threads(), 'date': datetime.date.today().isoformat(),
             'versions': {'python': platform.python_version(), 'torch': torch.__version__, 'numpy': numpy.__version__, 'flowbook': __version__}}
 
-# %% ../nbs/03_evidence.ipynb #d7eab284
+# %% ../nbs/03_evidence.ipynb #8e10fc3f
 def results_dir() -> Path:
     "nbs/results of the checkout that the current folder lies in; under the current folder otherwise."
     here = Path.cwd()
@@ -262,6 +265,7 @@ def results_dir() -> Path:
 def result_path(name:str, budget:str, out=None) -> Path:
     return (results_dir() if out is None else Path(out)) / f'{name}.{budget}.json'
 
+# %% ../nbs/03_evidence.ipynb #0e1216e7
 def write_atomic(path:Path, record:dict) -> None:
     "Write JSON so that `path` holds either the old text or the whole new one."
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -361,11 +365,12 @@ def verdicts(record:dict) -> dict: # {claim: Verdict}
     judge = find(record['experiment']).verdict
     return judge([r['result'] for r in record['runs']]) if judge else {}
 
-# %% ../nbs/03_evidence.ipynb #50781ecb
+# %% ../nbs/03_evidence.ipynb #dfa94212
 def judge_t1(results):
     worst = lambda k: max(abs(v - (k == 'integral')) for r in results for v in r[k].values())
     return {'T1': all_of(identity(worst('error'), 1e-10, 'log-density against closed forms and slogdet (nats)'), identity(worst('integral'), 1e-3, 'integral of the density'))}
 
+# %% ../nbs/03_evidence.ipynb #c029e04b
 @experiment('change_of_variables', claims=('T1',), title='log p(x) = log p0(f(x)) + log|det df/dx|, in 1-D and 2-D', verdict=judge_t1,
             seeds={'smoke': 1, 'laptop': 3}, config={'smoke': {'grid': 400, 'points': 4}, 'laptop': {'grid': 1600, 'points': 100}})
 def change_of_variables(seed, budget):
@@ -393,13 +398,14 @@ def change_of_variables(seed, budget):
         out['error'][name], out['integral'][name] = (flow.log_prob(x) - want).abs().max().item(), (p.sum() * (s[1] - s[0])**2).item()
     return out
 
-# %% ../nbs/03_evidence.ipynb #3d2fa1d7
+# %% ../nbs/03_evidence.ipynb #e5901bfb
 def judge_exact(results):
     worst = lambda k: max(row[k] for r in results for row in r['models'].values())
     return {'T2': all_of(identity(worst('round_trip_64'), 1e-10, f'{sum(len(r["models"]) for r in results)} models, round trip in float64'),
                          identity(worst('round_trip_32'), 1e-5, 'in float32')),
             'T3': all_of(identity(worst('logdet'), 1e-8, 'logdet against slogdet (nats, float64)'), identity(worst('sum_alpha'), 1e-10, 'against -sum alpha'))}
 
+# %% ../nbs/03_evidence.ipynb #46a88b7f
 def flow_errors(flow, # a TarFlow, float32; float64 afterwards
                 x, y) -> dict:
     "Round trip in both precisions; logdet against autograd's slogdet and against -sum alpha, block by block."
@@ -441,12 +447,13 @@ def exact_flow(seed, budget):
     for _ in fit(flow, batches(digits, 128, seed=seed, transforms=noise), steps=c['steps'], lr=1e-2, warmup=c['steps'] // 10): pass
     return {'models': models | {'T=4 K=1 trained': flow_errors(flow, x, y)}}
 
-# %% ../nbs/03_evidence.ipynb #2a4b6161
+# %% ../nbs/03_evidence.ipynb #bb30f49e
 def judge_t4(results):
     worst = lambda k: max(r[k] for r in results)
     return {'T4': all_of(identity(worst('log_prob'), 1e-10, 'log-likelihood of the TARFlow and of the MAF with its blocks (nats)'), identity(worst('inverse'), 1e-10, 'their inverses'),
                          identity(worst('conditionals'), 1e-10, 'a block against its Gaussian conditionals'), identity(worst('first'), 0., 'mu and alpha of the first token'))}
 
+# %% ../nbs/03_evidence.ipynb #2c4f4d9a
 @experiment('maf_limit', claims=('T4',), title='with D = 1, TARFlow is a MAF whose first conditional is the identity', verdict=judge_t4,
             seeds={'smoke': 1, 'laptop': 3}, config={'smoke': {'image_size': 3, 'blocks': 2, 'layers': 1}, 'laptop': {'image_size': 8, 'blocks': 4, 'layers': 2}})
 def maf_limit(seed, budget):
@@ -494,7 +501,7 @@ def match_width(make,          # width -> flow
         low, high = (mid, high) if count(make(mid)) < target else (low, mid)
     return min((w for w in (low, high) if w), key=lambda w: abs(count(make(w)) - target))
 
-# %% ../nbs/03_evidence.ipynb #cc6e055c
+# %% ../nbs/03_evidence.ipynb #4aaa3a27
 def fit_best(flow, train, held_out, noise, *, steps:int, lr:float, seed:int=0,
              weight_decay:float=1e-4, average:float=.98, checks:int=20, batch_size:int=128) -> tuple: # (best held-out nats per dimension, its step, all looks)
     "Train, look at the averaged weights `checks` times, and leave those in `flow` that were best on the held-out part."
@@ -513,6 +520,7 @@ def fit_best(flow, train, held_out, noise, *, steps:int, lr:float, seed:int=0,
     if best[1]: flow.load_state_dict(state)
     return *best, looks
 
+# %% ../nbs/03_evidence.ipynb #a8da4283
 def families(c:dict) -> dict: # {name: function that makes the flow}
     "The models of T5: equal parameters, equal blocks, and the two controls."
     from flowbook.flows import MAF, OnImages, RealNVP
@@ -526,13 +534,14 @@ def families(c:dict) -> dict: # {name: function that makes the flow}
     widths = {k: match_width(make, target, count) for k, (make, count) in made.items()}
     return {'tarflow': tarflow, **{k: (lambda make=make, h=widths[k]: make(h)) for k, (make, _) in made.items()}}
 
-# %% ../nbs/03_evidence.ipynb #92f02637
+# %% ../nbs/03_evidence.ipynb #f811e38a
 def judge_t5(results):
     bits = lambda k: [r[k]['bits'] for r in results]
     steps = results[0]['steps']
     pairs = [lower(bits(a), bits(b), (a, b), 'bits/dim', steps) for a, b in (('tarflow', 'maf'), ('maf', 'coupling'))]
     return {'T5': all_of(*pairs)}
 
+# %% ../nbs/03_evidence.ipynb #511aa4a8
 @experiment('bits_per_dim', claims=('T5',), title='bits/dim on digits at equal parameters: TARFlow < MAF < affine coupling', verdict=judge_t5, seeds={'smoke': 1, 'laptop': 5},
             config={'smoke': {'patch_size': 2, 'dim': 8, 'head_dim': 4, 'blocks': 2, 'steps': 4, 'lrs': [1e-2], 'decays': [.3], 'held_out': 288, 'draws': 1},
                     'laptop': {'patch_size': 2, 'dim': 32, 'head_dim': 16, 'blocks': 4, 'steps': 500, 'lrs': [1e-2, 3e-2, 1e-1], 'decays': [1e-4, .3], 'held_out': 288, 'draws': 10}})

@@ -52,7 +52,7 @@ def report(record:dict, most:int=20) -> str:
     if len(keys) > most: lines.append(f'  and {len(keys) - most} more numbers in the file')
     return '\n'.join(lines + [f'{c}: {v.state}. {v.reason}' for c, v in verdicts(record).items()])
 
-# %% ../../nbs/16_experiment.ipynb #97bdd490
+# %% ../../nbs/16_experiment.ipynb #8ef8e2a5
 def main(argv=None) -> int:
     "List or run the experiments of the book."
     p = argparse.ArgumentParser('flowbook_experiment', description='Run an experiment of the book, seed by seed, and say what it settles (chapter 03).',
@@ -72,7 +72,7 @@ def main(argv=None) -> int:
     torch.set_num_threads(a.threads)
     try:
         e, path = find(a.name), result_path(a.name, a.budget, a.out)
-        print(f'{e.name} ({" ".join(e.claims) or "no claim"}), {a.budget}: {len(seed_list(e, a.budget, a.seeds))} seeds -> {path}', flush=True)
+        print(f'{e.name} ({" ".join(e.claims) or "no claim"}), {a.budget}: seeds {", ".join(map(str, seed_list(e, a.budget, a.seeds)))} -> {path}', flush=True)
         for seed, _, seconds in run_each(a.name, a.budget, a.seeds, a.out, a.force): print(f'  seed {seed}: ' + ('kept' if seconds is None else f'{seconds:.1f} s'), flush=True)
         record = load_result(a.name, a.budget, a.out)
         print(report(record))
