@@ -6,15 +6,15 @@
 __all__ = ['BUDGETS', 'STATES', 'EXPERIMENTS', 'CHAPTERS', 'Summary', 'numbers', 'summary', 'plot_seeds', 'rule', 'Comparison',
            'compare', 'thresholds', 'check_seeds', 'power', 'detectable', 'power_statement', 'Verdict', 'identity',
            'lower', 'all_of', 'Experiment', 'experiment', 'as_json', 'registry', 'find', 'refuse_nan', 'provenance',
-           'results_dir', 'result_path', 'write_atomic', 'read_result', 'difference', 'seed_list', 'command',
-           'run_each', 'run', 'load_result', 'per_seed', 'verdicts', 'judge_t1', 'change_of_variables', 'judge_exact',
-           'flow_errors', 'exact_flow', 'judge_t4', 'maf_limit', 'param_count', 'free_count', 'match_width', 'fit_best',
-           'families', 'judge_t5', 'bits_per_dim']
+           'results_dir', 'result_path', 'write_atomic', 'read_result', 'difference', 'check_same', 'seed_list',
+           'command', 'run_each', 'run', 'load_result', 'per_seed', 'verdicts', 'judge_t1', 'known_flows',
+           'change_of_variables', 'judge_exact', 'flow_errors', 'exact_flow', 'judge_t4', 'as_maf', 'maf_limit',
+           'param_count', 'free_count', 'match_width', 'fit_best', 'families', 'judge_t5', 'bits_per_dim']
 
-# %% ../nbs/03_evidence.ipynb #ff201f62
-import datetime, difflib, importlib, json, math, os, platform, tempfile, time
+# %% ../nbs/03_evidence.ipynb #3b93dd3b
+import datetime, difflib, importlib, itertools, json, math, os, platform, tempfile, time
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 import torch
@@ -22,7 +22,7 @@ import torch
 # %% ../nbs/03_evidence.ipynb #b3ae31a1
 # Axis legend of this module: b batch, n seeds in the statistics, d dimensions, c h w image.
 
-# %% ../nbs/03_evidence.ipynb #7e818ddc
+# %% ../nbs/03_evidence.ipynb #cc00671b
 class Summary(NamedTuple):
     "Mean, standard deviation (n - 1; 0 for a single value), how many, smallest and largest."
     mean: float
@@ -30,14 +30,18 @@ class Summary(NamedTuple):
     n: int
     low: float
     high: float
-    def __str__(self): return f'{self.mean:.4g} ± {self.sd:.2g} (n={self.n}, {self.low:.4g}..{self.high:.4g})' if self.n > 1 else f'{self.mean:.4g} (n=1)'
+    def __str__(self):
+        if self.n == 1: return f'{self.mean:.4g} (n=1)'
+        return f'{self.mean:.4g} ± {self.sd:.2g} (n={self.n}, {self.low:.4g}..{self.high:.4g})'
 
+# %% ../nbs/03_evidence.ipynb #fc68be7b
 def numbers(values, name:str='values') -> list:
     "A flat list of finite floats, or a ValueError that names what was wrong."
     out = [float(v) for v in values]
     if not out: raise ValueError(f'{name}: none were given; give one number a seed')
     for i, v in enumerate(out):
-        if not math.isfinite(v): raise ValueError(f'{name}: number {i} is {v}; a run that broke is no measurement, count it apart')
+        if not math.isfinite(v):
+            raise ValueError(f'{name}: number {i} is {v}; a run that broke is no measurement, count it apart')
     return out
 
 def summary(values # numbers, one a seed
@@ -48,27 +52,30 @@ def summary(values # numbers, one a seed
     sd = math.sqrt(math.fsum((x - mean)**2 for x in v) / (len(v) - 1)) if len(v) > 1 else 0.
     return Summary(mean, sd, len(v), min(v), max(v))
 
-# %% ../nbs/03_evidence.ipynb #58170cec
+# %% ../nbs/03_evidence.ipynb #f972718a
 def plot_seeds(ax,            # matplotlib axes
                groups:dict,   # {name: numbers, one a seed}
                ylabel:str='', paired:bool=True): # join the dots of one seed
     "A dot for each seed, a bar for the mean; grey lines join equal seeds. Readable without colour."
     values = [numbers(v, k) for k, v in groups.items()]
     if paired and len({len(v) for v in values}) > 1:
-        raise ValueError(f'groups: {[len(v) for v in values]} seeds; paired dots need equally many, otherwise give paired=False')
+        have = [len(v) for v in values]
+        raise ValueError(f'groups: {have} seeds; paired dots need equally many, otherwise give paired=False')
     spread = lambda n: [.16 * (i / max(n - 1, 1) - .5) for i in range(n)]
     if paired:
-        for i, row in enumerate(zip(*values)): ax.plot([k + spread(len(values[0]))[i] for k in range(len(row))], row, color='.8', lw=.8, zorder=1)
+        at = spread(len(values[0]))
+        for s, row in zip(at, zip(*values)):
+            ax.plot([k + s for k in range(len(row))], row, color='.8', lw=.8, zorder=1)
     for k, v in enumerate(values):
         ax.plot([k + s for s in spread(len(v))], v, 'o', color='k', mfc='w', ms=5, zorder=3)
         ax.hlines(sum(v) / len(v), k - .22, k + .22, color='k', lw=2, zorder=2)
     ax.set_xticks(range(len(values)), list(groups)); ax.set_xlim(-.5, len(values) - .5); ax.set_ylabel(ylabel)
     return ax
 
-# %% ../nbs/03_evidence.ipynb #84948fdb
+# %% ../nbs/03_evidence.ipynb #9ba68730
 def rule(d # (..., n) differences a - b, one a seed
         ):
-    "The direction that this book claims from n paired seeds: -1 (a < b), 1 (a > b) or 0 (not seen). numpy in, numpy out."
+    "The direction that n paired seeds allow us to claim: -1 (a < b), 1 (a > b) or 0 (not seen)."
     import numpy as np
     from scipy.stats import t
     d = np.asarray(d, dtype=float)
@@ -79,9 +86,9 @@ def rule(d # (..., n) differences a - b, one a seed
     down = (mean + half < 0) & (5 * (d < 0).sum(-1) >= 4 * n)
     return up.astype(int) - down.astype(int)
 
-# %% ../nbs/03_evidence.ipynb #16982028
+# %% ../nbs/03_evidence.ipynb #45e5f0b7
 class Comparison(NamedTuple):
-    "A paired comparison: mean difference a - b, its spread and 95% interval, seeds that agree with the mean, and the rule's verdict."
+    "A paired comparison: difference a - b, spread, 95% interval, seeds that agree, the rule's verdict."
     diff: float
     sd: float
     n: int
@@ -95,24 +102,27 @@ def compare(a, b # numbers, one a seed, the same seeds in the same order
     "Compare two configurations over the same seeds, by the rule of this book."
     from scipy.stats import t
     a, b = numbers(a, 'a'), numbers(b, 'b')
-    if len(a) != len(b): raise ValueError(f'a, b: {len(a)} and {len(b)} numbers; a comparison is paired, the same seeds on both sides')
+    if len(a) != len(b):
+        raise ValueError(f'a, b: {len(a)} and {len(b)} numbers; a comparison is paired, '
+                         'the same seeds on both sides')
     d = [x - y for x, y in zip(a, b)]
     s = summary(d)
     half = t.ppf(.975, s.n - 1) * s.sd / math.sqrt(s.n) if s.n > 1 else math.inf
     agree = max(sum(x > 0 for x in d), sum(x < 0 for x in d))
-    return Comparison(s.mean, s.sd, s.n, float(s.mean - half), float(s.mean + half), agree, ('not seen', 'a>b', 'a<b')[int(rule(d))])
+    verdict = ('not seen', 'a>b', 'a<b')[int(rule(d))]
+    return Comparison(s.mean, s.sd, s.n, float(s.mean - half), float(s.mean + half), agree, verdict)
 
-# %% ../nbs/03_evidence.ipynb #5ff16bbb
+# %% ../nbs/03_evidence.ipynb #a8482d9c
 @lru_cache(None)
 def thresholds(n:int, sims:int=200_000):
-    "For simulated comparisons of n seeds with spread 1 and no effect: the shift that would make the rule say 'seen', sorted."
+    "For n simulated seeds with spread 1 and no effect: the shift that makes the rule say 'seen', sorted."
     import numpy as np
     from scipy.stats import t
     z = np.random.default_rng(n).standard_normal((sims, n))
     need = t.ppf(.975, n - 1) * z.std(1, ddof=1) / n**.5 - z.mean(1)
     return np.sort(np.maximum(need, -np.sort(z, 1)[:, n // 5]))   # n // 5 dissenters are allowed
 
-# %% ../nbs/03_evidence.ipynb #13400301
+# %% ../nbs/03_evidence.ipynb #e3e7c996
 def check_seeds(n:int) -> None:
     if n != int(n) or n < 3: raise ValueError(f'n: {n}; the rule needs 3 seeds or more')
 
@@ -128,14 +138,14 @@ def detectable(sd:float,       # standard deviation of the differences
                n:int,          # seeds
                power:float=.8  # share of repetitions in which it is to be seen
               ) -> float:
-    "The smallest true difference that the rule of this book sees with this power. Simulated, with a fixed seed."
+    "The smallest true difference that the rule sees with this power: simulated, with a fixed seed."
     import numpy as np
     check_seeds(n)
     if not (sd >= 0 and math.isfinite(sd)): raise ValueError(f'sd: {sd}; a spread is 0 or more')
     if not 0 < power < 1: raise ValueError(f'power: {power}; it lies between 0 and 1')
     return sd * float(np.quantile(thresholds(n), power))
 
-# %% ../nbs/03_evidence.ipynb #d784a480
+# %% ../nbs/03_evidence.ipynb #3fc03118
 def power_statement(c:Comparison,      # what `compare` gave
                     unit:str='',       # of the difference: 'bits/dim'
                     steps:int|None=None, # of each training, if there was one
@@ -145,25 +155,30 @@ def power_statement(c:Comparison,      # what `compare` gave
     if c.n < 3: return f'{c.n} seed{"s" * (c.n > 1)}{st} cannot show a direction: the rule needs 3.'
     from scipy.stats import chi2
     low, high = (math.sqrt((c.n - 1) / chi2.ppf(p, c.n - 1)) for p in (.975, .025))
-    return (f'{c.n} seeds{st}: difference {c.diff:.3g}{u}, spread {c.sd:.2g} (itself known within a factor of {low:.2g} to {high:.2g}); '
-            f'with this spread an effect of {detectable(c.sd, c.n, power):.2g}{u} is seen in {power:.0%} of repetitions, a smaller one may be there.')
+    if not c.sd: return f'{c.n} seeds{st}: difference {c.diff:.3g}{u} at each; no spread was measured.'
+    return (f'{c.n} seeds{st}: difference {c.diff:.3g}{u}, spread {c.sd:.2g} '
+            f'(itself known within a factor of {low:.2g} to {high:.2g}); '
+            f'with this spread an effect of {detectable(c.sd, c.n, power):.2g}{u} '
+            f'is seen in {power:.0%} of repetitions, a smaller one may be there.')
 
-# %% ../nbs/03_evidence.ipynb #2d62e05a
+# %% ../nbs/03_evidence.ipynb #268915b7
 BUDGETS = 'smoke', 'laptop', 'gpu'
-STATES = {'exact': 'an identity, holds within its tolerance', 'failed': 'an identity, violated', 'seen': 'a direction, holds by the rule',
-          'reversed': 'a direction, the opposite holds by the rule', 'not seen': 'a direction, neither holds', 'not judged': 'too few seeds to say'}
+STATES = {'exact': 'an identity, holds within its tolerance', 'failed': 'an identity, violated',
+          'seen': 'a direction, holds by the rule', 'reversed': 'a direction, the opposite holds by the rule',
+          'not seen': 'a direction, neither holds', 'not judged': 'too few seeds to say'}
 
 class Verdict(NamedTuple):
     "The state of a claim (one of `STATES`) and one sentence of reason, made of the numbers."
     state: str
     reason: str
 
-# %% ../nbs/03_evidence.ipynb #4803a066
+# %% ../nbs/03_evidence.ipynb #c15992e8
 def identity(error:float,     # largest error measured
              tolerance:float, # what the claim allows
              what:str) -> Verdict:
     "The verdict on an identity: it needs no seeds, only a tolerance and the error."
-    return Verdict('exact' if error <= tolerance else 'failed', f'{what}: largest error {error:.1e}, tolerance {tolerance:.0e}')
+    state = 'exact' if error <= tolerance else 'failed'
+    return Verdict(state, f'{what}: largest error {error:.1e}, tolerance {tolerance:.0e}')
 
 def lower(a, b,               # numbers, one a seed
           names:tuple,        # what a and b are called
@@ -173,7 +188,8 @@ def lower(a, b,               # numbers, one a seed
     said = f'{names[0]} {summary(a).mean:.4g}, {names[1]} {summary(b).mean:.4g}{" " * bool(unit)}{unit}'
     if c.n < 3: return Verdict('not judged', f'{said}; {power_statement(c, unit, steps)}')
     if c.verdict == 'not seen': return Verdict('not seen', f'{said}; {power_statement(c, unit, steps)}')
-    return Verdict('seen' if c.verdict == 'a<b' else 'reversed', f'{said}: difference {c.diff:.3g}, 95% interval {c.low:.3g} to {c.high:.3g}, {c.agree} of {c.n} seeds agree')
+    return Verdict('seen' if c.verdict == 'a<b' else 'reversed', f'{said}: difference {c.diff:.3g}, '
+                   f'95% interval {c.low:.3g} to {c.high:.3g}, {c.agree} of {c.n} seeds agree')
 
 def all_of(*verdicts:Verdict) -> Verdict:
     "A claim made of several: as good as the weakest of them."
@@ -192,9 +208,9 @@ class Experiment:
     config: dict                    # budget -> configuration
     verdict: Callable|None = field(default=None, repr=False)
 
-# %% ../nbs/03_evidence.ipynb #61f56d67
+# %% ../nbs/03_evidence.ipynb #33fc0006
 EXPERIMENTS = {}
-CHAPTERS = 'evidence',              # modules that register experiments: a chapter that does adds its module here
+CHAPTERS = 'evidence', 'scripts.demo'  # the modules that register experiments
 
 def experiment(name:str, claims:tuple=(), title:str='',
                seeds:dict=None,     # budget -> how many seeds, for instance {'smoke': 1, 'laptop': 3}
@@ -203,21 +219,27 @@ def experiment(name:str, claims:tuple=(), title:str='',
     "Register a function (seed, budget) -> dict of numbers as an experiment."
     seeds = {'smoke': 1} if seeds is None else seeds
     config = {b: {} for b in seeds} if config is None else config
-    if not name or not name.replace('_', 'a').isalnum(): raise ValueError(f'name: {name!r}; it becomes a file name: letters, digits and _')
-    if isinstance(claims, str): raise ValueError(f'claims: the text {claims!r} was given; give a tuple, ({claims!r},)')
+    if not name or not name.replace('_', 'a').isalnum():
+        raise ValueError(f'name: {name!r}; it becomes a file name: letters, digits and _')
+    if isinstance(claims, str):
+        raise ValueError(f'claims: the text {claims!r} was given; give a tuple, ({claims!r},)')
     for b in (*seeds, *config):
         if b not in BUDGETS: raise ValueError(f'seeds, config: budget {b!r}; choose of {", ".join(BUDGETS)}')
-    if 'smoke' not in seeds: raise ValueError(f'seeds: no smoke budget for {name!r}; the tests run it, so every experiment has one')
-    if set(config) != set(seeds): raise ValueError(f'config: budgets {sorted(config)}, but seeds has {sorted(seeds)}; give one configuration for each')
+    if 'smoke' not in seeds:
+        raise ValueError(f'seeds: no smoke budget for {name!r}; every experiment has one, the tests run it')
+    if set(config) != set(seeds):
+        raise ValueError(f'config: budgets {sorted(config)}, but seeds has {sorted(seeds)}; '
+                         'give one configuration for each')
     def register(f):
         old = EXPERIMENTS.get(name)
-        if old and old.function.__name__ != f.__name__:      # the same function again is a cell that was run twice
-            raise ValueError(f'name: {name!r} is taken by {old.function.__module__}.{old.function.__name__}; choose another')
+        if old and old.function.__name__ != f.__name__:      # the same function again: a cell was run twice
+            owner = f'{old.function.__module__}.{old.function.__name__}'
+            raise ValueError(f'name: {name!r} is taken by {owner}; choose another')
         EXPERIMENTS[name] = Experiment(name, f, tuple(claims), title, dict(seeds), as_json(config), verdict)
         return f
     return register
 
-# %% ../nbs/03_evidence.ipynb #ae8a0d55
+# %% ../nbs/03_evidence.ipynb #7d944b36
 def as_json(value):
     "`value` as it comes back from a JSON file: tuples become lists, keys text."
     return json.loads(json.dumps(value, allow_nan=False))
@@ -226,7 +248,9 @@ def registry() -> dict:
     "All experiments of the book by name; imports the chapters that register them."
     for module in CHAPTERS:
         try: importlib.import_module(f'flowbook.{module}')
-        except ImportError as e: raise ImportError(f'CHAPTERS of flowbook.evidence lists {module!r}, but flowbook.{module} cannot be imported: {e}') from e
+        except ImportError as e:
+            raise ImportError(f'CHAPTERS of flowbook.evidence lists {module!r}, '
+                              f'but flowbook.{module} cannot be imported: {e}') from e
     return EXPERIMENTS
 
 def find(name:str) -> Experiment:
@@ -236,36 +260,45 @@ def find(name:str) -> Experiment:
     near = difflib.get_close_matches(name, known, 3, 0) or list(known)
     raise ValueError(f'name: no experiment is called {name!r}; the nearest: {", ".join(near)}')
 
-# %% ../nbs/03_evidence.ipynb #ca7f342b
+# %% ../nbs/03_evidence.ipynb #a705e2e9
 def refuse_nan(value, where:str) -> None:
-    "A result is made of finite numbers, in lists and dictionaries with text keys; anything else is refused by its place."
+    "A result holds finite numbers, in lists and dictionaries with text keys; else its place is named."
     if isinstance(value, dict):
         for k, v in value.items():
-            if not isinstance(k, str): raise ValueError(f'{where}: the key {k!r} is not text; JSON would change it')
+            if not isinstance(k, str):
+                raise ValueError(f'{where}: the key {k!r} is not text; JSON would change it')
             refuse_nan(v, f'{where}.{k}')
     elif isinstance(value, (list, tuple)):
         for i, v in enumerate(value): refuse_nan(v, f'{where}[{i}]')
-    elif isinstance(value, float) and not math.isfinite(value): raise ValueError(f'{where} is {value}; a result is finite (count what broke as a number of its own)')
-    elif not isinstance(value, (bool, int, float)): raise ValueError(f'{where} is {type(value).__name__} {value!r}; a result is made of plain numbers: use float(...) or .item()')
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f'{where} is {value}; a result is finite (count what broke as a number of its own)')
+    elif not isinstance(value, (bool, int, float)):
+        raise ValueError(f'{where} is {type(value).__name__} {value!r}; '
+                         'a result is made of plain numbers: use float(...) or .item()')
 
+# %% ../nbs/03_evidence.ipynb #0b343c55
 def provenance(budget:str) -> dict:
     "Device, threads, versions and date of a run, without paths and host names."
     import numpy
     from flowbook import __version__
-    device = torch.cuda.get_device_name() if budget == 'gpu' and torch.cuda.is_available() else f'cpu ({platform.machine()})'
+    gpu = budget == 'gpu' and torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if gpu else f'cpu ({platform.machine()})'
+    versions = {'python': platform.python_version(), 'torch': torch.__version__,
+                'numpy': numpy.__version__, 'flowbook': __version__}
     return {'device': device, 'threads': torch.get_num_threads(), 'date': datetime.date.today().isoformat(),
-            'versions': {'python': platform.python_version(), 'torch': torch.__version__, 'numpy': numpy.__version__, 'flowbook': __version__}}
+            'versions': versions}
 
-# %% ../nbs/03_evidence.ipynb #8e10fc3f
+# %% ../nbs/03_evidence.ipynb #9358efd8
 def results_dir() -> Path:
     "nbs/results of the checkout that the current folder lies in; under the current folder otherwise."
     here = Path.cwd()
-    return next((p / 'nbs/results' for p in (here, *here.parents) if (p / 'nbs/results').is_dir()), here / 'nbs/results')
+    folders = [p / 'nbs/results' for p in (here, *here.parents)]
+    return next((f for f in folders if f.is_dir()), folders[0])
 
 def result_path(name:str, budget:str, out=None) -> Path:
     return (results_dir() if out is None else Path(out)) / f'{name}.{budget}.json'
 
-# %% ../nbs/03_evidence.ipynb #0e1216e7
+# %% ../nbs/03_evidence.ipynb #abd0c346
 def write_atomic(path:Path, record:dict) -> None:
     "Write JSON so that `path` holds either the old text or the whole new one."
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -277,17 +310,24 @@ def write_atomic(path:Path, record:dict) -> None:
         os.replace(temp, path)
     except BaseException: os.unlink(temp); raise
 
+# %% ../nbs/03_evidence.ipynb #9c7452ab
 def read_result(path:Path) -> dict:
     "Read a result file; a ValueError names a file that is truncated or is something else."
     try: record = json.loads(path.read_text())
-    except (ValueError, UnicodeDecodeError) as e: raise ValueError(f'{path}: not a whole JSON file ({e}); it was left as it is: look at it, then delete it to run anew') from None
+    except (ValueError, UnicodeDecodeError) as e:
+        raise ValueError(f'{path}: not a whole JSON file ({e}); it was left as it is: '
+                         'look at it, then delete it to run anew') from None
     need = {'experiment': str, 'budget': str, 'configuration': dict, 'runs': list}
-    bad = [k for k, kind in need.items() if not isinstance(record, dict) or not isinstance(record.get(k), kind)]
-    bad += [f'runs[{i}]' for i, r in enumerate([] if bad else record['runs']) if not isinstance(r, dict) or not isinstance(r.get('result'), dict) or type(r.get('seed')) is not int]
-    if bad: raise ValueError(f'{path}: no result file of flowbook, {bad[0]!r} is missing or of another kind; it was left as it is')
+    def wrong(d, need):
+        return [k for k, kind in need.items() if not isinstance(d, dict) or type(d.get(k)) is not kind]
+    need_run = {'result': dict, 'seed': int}
+    bad = wrong(record, need) or [f'runs[{i}]' for i, r in enumerate(record['runs']) if wrong(r, need_run)]
+    if bad:
+        raise ValueError(f'{path}: no result file of flowbook, {bad[0]!r} is missing or of another kind; '
+                         'it was left as it is')
     return record
 
-# %% ../nbs/03_evidence.ipynb #dd82b216
+# %% ../nbs/03_evidence.ipynb #1cf0d589
 def difference(old, new, key:str='configuration') -> str|None:
     "The first place where two configurations differ, in words; None if they do not."
     if isinstance(old, dict) and isinstance(new, dict):
@@ -297,9 +337,20 @@ def difference(old, new, key:str='configuration') -> str|None:
         return None
     return None if old == new else f'{key} was {old!r} and is {new!r}'
 
+def check_same(path:Path, record:dict, e:Experiment, budget:str) -> None:
+    "Refuse to add seeds to a file that holds something else, or was made by another configuration."
+    if (record['experiment'], record['budget']) != (e.name, budget):
+        raise ValueError(f"{path}: holds {record['experiment']!r} ({record['budget']}), "
+                         f'not {e.name!r} ({budget})')
+    if d := difference(record['configuration'], e.config[budget]):
+        raise ValueError(f'{path}: made by another configuration: {d}; '
+                         'force=True (--force) makes it anew, another out (--out) keeps both')
+
+# %% ../nbs/03_evidence.ipynb #48f6de0d
 def seed_list(e:Experiment, budget:str, seeds=None) -> list: # seeds: how many, or which
     "The seeds to run, checked."
-    if budget not in e.seeds: raise ValueError(f'budget: {e.name!r} has no budget {budget!r}; it has {", ".join(e.seeds)}')
+    if budget not in e.seeds:
+        raise ValueError(f'budget: {e.name!r} has no budget {budget!r}; it has {", ".join(e.seeds)}')
     seeds = e.seeds[budget] if seeds is None else seeds
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not seeds or len(set(seeds)) < len(seeds) or not all(type(s) is int and s >= 0 for s in seeds):
@@ -308,21 +359,20 @@ def seed_list(e:Experiment, budget:str, seeds=None) -> list: # seeds: how many, 
 
 def command(name:str, budget:str, seeds:list) -> str:
     "The command that makes a result again."
-    which = str(len(seeds)) if seeds == list(range(len(seeds))) else ','.join(map(str, seeds)) + ',' * (len(seeds) == 1)
+    first = seeds == list(range(len(seeds)))
+    which = str(len(seeds)) if first else ','.join(map(str, seeds)) + ',' * (len(seeds) == 1)
     return f'flowbook_experiment {name} --budget {budget} --seeds {which}'
 
-# %% ../nbs/03_evidence.ipynb #510eb8f0
+# %% ../nbs/03_evidence.ipynb #50a7b1ad
 def run_each(name:str, budget:str='smoke',
              seeds=None,            # how many, or which; by default as many as the experiment says
              out=None,              # folder of the result file; by default nbs/results
              force:bool=False):     # make everything anew, whatever is there
-    "Run the missing seeds of an experiment; yields (seed, result, seconds) after each is on disk; seconds is None for a kept one."
+    "Run the missing seeds; yields (seed, result, seconds) after each is on disk (seconds None: kept)."
     e = find(name)
     seeds, path = seed_list(e, budget, seeds), result_path(name, budget, out)
-    record = read_result(path) if path.exists() else None    # even with force: an unreadable file is never overwritten
-    if record and not force:
-        if (record['experiment'], record['budget']) != (name, budget): raise ValueError(f"{path}: holds {record['experiment']!r} ({record['budget']}), not {name!r} ({budget})")
-        if d := difference(record['configuration'], e.config[budget]): raise ValueError(f'{path}: made by another configuration: {d}; force=True (--force) makes it anew, another out (--out) keeps both')
+    record = read_result(path) if path.exists() else None    # with force, too: no torn file is replaced
+    if record and not force: check_same(path, record, e, budget)
     runs = {r['seed']: r for r in record['runs']} if record and not force else {}
     for seed in seeds:
         if seed in runs: yield seed, runs[seed]['result'], None; continue
@@ -331,15 +381,18 @@ def run_each(name:str, budget:str='smoke',
             torch.manual_seed(seed)
             result = e.function(seed, budget)
         seconds = time.perf_counter() - start
-        if not isinstance(result, dict): raise ValueError(f'{name}, seed {seed}: the experiment returned {type(result).__name__}; it returns a dictionary of numbers')
+        if not isinstance(result, dict):
+            raise ValueError(f'{name}, seed {seed}: the experiment returned {type(result).__name__}; '
+                             'it returns a dictionary of numbers')
         refuse_nan(result, f'{name}, seed {seed}')
-        runs[seed] = {'seed': seed, 'seconds': round(seconds, 2), **provenance(budget), 'result': as_json(result)}
-        ordered = [runs[s] for s in sorted(runs)]
-        write_atomic(path, {'experiment': name, 'claims': list(e.claims), 'title': e.title, 'budget': budget, 'configuration': e.config[budget],
-                            'command': command(name, budget, sorted(runs)), 'runs': ordered})
+        runs[seed] = {'seed': seed, 'seconds': round(seconds, 2), **provenance(budget),
+                      'result': as_json(result)}
+        write_atomic(path, {'experiment': name, 'claims': list(e.claims), 'title': e.title, 'budget': budget,
+                            'configuration': e.config[budget], 'command': command(name, budget, sorted(runs)),
+                            'runs': [runs[s] for s in sorted(runs)]})
         yield seed, result, seconds
 
-# %% ../nbs/03_evidence.ipynb #dc889d89
+# %% ../nbs/03_evidence.ipynb #1b375cb6
 def run(name:str, budget:str='smoke', seeds=None, out=None, force:bool=False) -> dict:
     "Run the missing seeds of an experiment and return its record: see `run_each`."
     for _ in run_each(name, budget, seeds, out, force): pass
@@ -348,14 +401,19 @@ def run(name:str, budget:str='smoke', seeds=None, out=None, force:bool=False) ->
 def load_result(name:str, budget:str='laptop', out=None) -> dict:
     "The record of an experiment: configuration, command, and one entry in `runs` for each seed."
     path = result_path(name, budget, out)
-    if not path.exists(): raise ValueError(f'{path}: no such result; make it with: flowbook_experiment {name} --budget {budget}')
+    if not path.exists():
+        raise ValueError(f'{path}: no such result; '
+                         f'make it with: flowbook_experiment {name} --budget {budget}')
     return read_result(path)
 
+# %% ../nbs/03_evidence.ipynb #d35316f9
 def per_seed(record:dict, key:str) -> list:
     "One entry of every seed's result; dots step into dictionaries: 'tarflow.bits'."
     def get(r):
         for k in key.split('.'):
-            if not isinstance(r, dict) or k not in r: raise ValueError(f'key: {key!r} fails at {k!r}; there is {", ".join(r) if isinstance(r, dict) else "a number"}')
+            if not isinstance(r, dict) or k not in r:
+                there = ', '.join(r) if isinstance(r, dict) else 'a number'
+                raise ValueError(f'key: {key!r} fails at {k!r}; there is {there}')
             r = r[k]
         return r
     return [get(r['result']) for r in record['runs']]
@@ -365,47 +423,64 @@ def verdicts(record:dict) -> dict: # {claim: Verdict}
     judge = find(record['experiment']).verdict
     return judge([r['result'] for r in record['runs']]) if judge else {}
 
-# %% ../nbs/03_evidence.ipynb #dfa94212
+# %% ../nbs/03_evidence.ipynb #576e71e2
 def judge_t1(results):
     worst = lambda k: max(abs(v - (k == 'integral')) for r in results for v in r[k].values())
-    return {'T1': all_of(identity(worst('error'), 1e-10, 'log-density against closed forms and slogdet (nats)'), identity(worst('integral'), 1e-3, 'integral of the density'))}
+    density = identity(worst('error'), 1e-10, 'log-density against closed forms and slogdet (nats)')
+    return {'T1': all_of(density, identity(worst('integral'), 1e-3, 'integral of the density'))}
 
-# %% ../nbs/03_evidence.ipynb #c029e04b
-@experiment('change_of_variables', claims=('T1',), title='log p(x) = log p0(f(x)) + log|det df/dx|, in 1-D and 2-D', verdict=judge_t1,
-            seeds={'smoke': 1, 'laptop': 3}, config={'smoke': {'grid': 400, 'points': 4}, 'laptop': {'grid': 1600, 'points': 100}})
-def change_of_variables(seed, budget):
-    "T1: densities of flows against closed forms, against slogdet, and their integrals."
-    from flowbook.flows import MAF, Autoregressive, Flow, RealNVP, density_grid, jacobian, normal_log_prob, shake # what it measures
-    from torch.distributions import LogNormal, Normal
-    c, double = EXPERIMENTS['change_of_variables'].config[budget], dict(dtype=torch.float64)
+# %% ../nbs/03_evidence.ipynb #e90294cf
+def known_flows() -> tuple: # (on vectors of 1, on vectors of 2), float64
+    "The flows of T1 whose densities have a name: z = log x, and x_2 Gaussian with moments that follow x_1."
+    from flowbook.flows import Autoregressive, Flow
     class Log(Flow):                                         # x > 0 -> z = log x
         def forward(self, x, y=None): return x.log(), -x.log().flatten(1).sum(1)
-    class Banana(torch.nn.Module):                           # x_2 given x_1: mean x_1^2 / 2, standard deviation exp(x_1 / 4)
-        def __init__(self): super().__init__(); self.k = torch.nn.Parameter(torch.tensor([.5, .25], **double))
+    class Banana(torch.nn.Module):                           # x_2 | x_1: mean x_1^2 / 2, log-scale x_1 / 4
+        def __init__(self):
+            super().__init__()
+            self.k = torch.nn.Parameter(torch.tensor([.5, .25], dtype=torch.float64))
         def forward(self, x, y=None):
             zero, first = torch.zeros_like(x[:, 0]), x[:, 0]
             return torch.stack([zero, self.k[0] * first**2], 1), torch.stack([zero, self.k[1] * first], 1)
-    x = torch.linspace(1e-6, 80, 100 * c['grid'], **double)
-    p = Log().log_prob(x[:, None]).exp()
-    out = {'error': {'log-normal': (p.log() - LogNormal(0., 1.).log_prob(x)).abs().max().item()}, 'integral': {'log-normal': torch.trapezoid(p, x).item()},
-           'without_determinant': torch.trapezoid(normal_log_prob(x.log()[:, None]).exp(), x).item()}
-    flows = {'banana': Autoregressive(Banana(), torch.arange(2)), **{k: shake(f.double(), .2, seed) for k, f in {'MAF': MAF(2, 16, blocks=3), 'coupling': RealNVP(2, 16, blocks=4)}.items()}}
+    return Log(), Autoregressive(Banana(), torch.arange(2))
+
+# %% ../nbs/03_evidence.ipynb #8d536000
+@experiment('change_of_variables', claims=('T1',), verdict=judge_t1, seeds={'smoke': 1, 'laptop': 3},
+            title='log p(x) = log p0(f(x)) + log|det df/dx|, in 1-D and 2-D',
+            config={'smoke': {'grid': 400, 'points': 4}, 'laptop': {'grid': 1600, 'points': 100}})
+def change_of_variables(seed, budget):
+    "T1: densities of flows against closed forms, against slogdet, and their integrals."
+    from flowbook.flows import MAF, RealNVP, density_grid, jacobian, normal_log_prob, shake # what it measures
+    from torch.distributions import LogNormal, Normal
+    c, double = EXPERIMENTS['change_of_variables'].config[budget], dict(dtype=torch.float64)
+    x, (log, banana) = torch.linspace(1e-6, 80, 100 * c['grid'], **double), known_flows()
+    p, bare = log.log_prob(x[:, None]).exp(), normal_log_prob(x.log()[:, None]).exp()
+    out = {'error': {'log-normal': (p.log() - LogNormal(0., 1.).log_prob(x)).abs().max().item()},
+           'integral': {'log-normal': torch.trapezoid(p, x).item()},
+           'without_determinant': torch.trapezoid(bare, x).item()}
+    flows = {'MAF': MAF(2, 16, blocks=3), 'coupling': RealNVP(2, 16, blocks=4)}
+    flows = {'banana': banana, **{k: shake(f.double(), .2, seed) for k, f in flows.items()}}
     for name, flow in flows.items():
         x = torch.randn(c['points'], 2, **double)
-        if name == 'banana': want = Normal(0., 1.).log_prob(x[:, 0]) + Normal(x[:, 0]**2 / 2, (x[:, 0] / 4).exp()).log_prob(x[:, 1])
+        if name == 'banana':
+            mean, scale = x[:, 0]**2 / 2, (x[:, 0] / 4).exp()
+            want = Normal(0., 1.).log_prob(x[:, 0]) + Normal(mean, scale).log_prob(x[:, 1])
         else: want = normal_log_prob(flow(x)[0]) + torch.linalg.slogdet(jacobian(flow, x))[1]
         with torch.no_grad(): s, p = density_grid(flow, lim=16., n=c['grid'])
-        out['error'][name], out['integral'][name] = (flow.log_prob(x) - want).abs().max().item(), (p.sum() * (s[1] - s[0])**2).item()
+        out['error'][name] = (flow.log_prob(x) - want).abs().max().item()
+        out['integral'][name] = (p.sum() * (s[1] - s[0])**2).item()
     return out
 
-# %% ../nbs/03_evidence.ipynb #e5901bfb
+# %% ../nbs/03_evidence.ipynb #74ae67f1
 def judge_exact(results):
     worst = lambda k: max(row[k] for r in results for row in r['models'].values())
-    return {'T2': all_of(identity(worst('round_trip_64'), 1e-10, f'{sum(len(r["models"]) for r in results)} models, round trip in float64'),
+    models = sum(len(r['models']) for r in results)
+    return {'T2': all_of(identity(worst('round_trip_64'), 1e-10, f'{models} models, round trip in float64'),
                          identity(worst('round_trip_32'), 1e-5, 'in float32')),
-            'T3': all_of(identity(worst('logdet'), 1e-8, 'logdet against slogdet (nats, float64)'), identity(worst('sum_alpha'), 1e-10, 'against -sum alpha'))}
+            'T3': all_of(identity(worst('logdet'), 1e-8, 'logdet against slogdet (nats, float64)'),
+                         identity(worst('sum_alpha'), 1e-10, 'against -sum alpha'))}
 
-# %% ../nbs/03_evidence.ipynb #46a88b7f
+# %% ../nbs/03_evidence.ipynb #684be462
 def flow_errors(flow, # a TarFlow, float32; float64 afterwards
                 x, y) -> dict:
     "Round trip in both precisions; logdet against autograd's slogdet and against -sum alpha, block by block."
@@ -417,18 +492,24 @@ def flow_errors(flow, # a TarFlow, float32; float64 afterwards
         back64, u, total, largest = flow.inverse(z, y), flow.to_parts(x64), 0., 0.
         for b in flow.parts():
             alpha = b.params(b.read(u), y)[1]
-            u, total, largest = b(u, y)[0], total - alpha.flatten(1).sum(1), max(largest, alpha.abs().max().item())
+            u, total = b(u, y)[0], total - alpha.flatten(1).sum(1)
+            largest = max(largest, alpha.abs().max().item())
     slogdet = torch.linalg.slogdet(jacobian(flow, x64[:1], y[:1]))[1]
-    return {'round_trip_32': (back32 - x).abs().max().item(), 'round_trip_64': (back64 - x64).abs().max().item(), 'logdet': (logdet[:1] - slogdet).abs().max().item(),
-            'sum_alpha': (logdet - total).abs().max().item(), 'largest_alpha': largest, 'largest_z': z.abs().max().item()}
+    size = lambda v: v.abs().max().item()
+    return {'round_trip_32': size(back32 - x), 'round_trip_64': size(back64 - x64),
+            'logdet': size(logdet[:1] - slogdet), 'sum_alpha': size(logdet - total),
+            'largest_alpha': largest, 'largest_z': size(z)}
 
-# %% ../nbs/03_evidence.ipynb #25034baa
-@experiment('exact_flow', claims=('T2', 'T3'), title='TARFlow: round trip and log-determinant over blocks, layers and orders', verdict=judge_exact,
-            seeds={'smoke': 1, 'laptop': 3},
-            config={'smoke': {'blocks': [1, 2], 'layers': [1], 'orders': ['alternate', 'random'], 'dim': 16, 'shake': .05, 'steps': 2},
-                    'laptop': {'blocks': [1, 2, 4, 8], 'layers': [1, 2, 4], 'orders': ['alternate', 'forward', 'reverse', 'random'], 'dim': 16, 'shake': .05, 'steps': 200}})
+# %% ../nbs/03_evidence.ipynb #dea16cdd
+@experiment('exact_flow', claims=('T2', 'T3'), verdict=judge_exact, seeds={'smoke': 1, 'laptop': 3},
+            title='TARFlow: round trip and log-determinant over blocks, layers and orders',
+            config={'smoke': {'blocks': [1, 2], 'layers': [1], 'orders': ['alternate', 'random'],
+                              'dim': 16, 'shake': .05, 'steps': 2},
+                    'laptop': {'blocks': [1, 2, 4, 8], 'layers': [1, 2, 4],
+                               'orders': ['alternate', 'forward', 'reverse', 'random'],
+                               'dim': 16, 'shake': .05, 'steps': 200}})
 def exact_flow(seed, budget):
-    "T2, T3: errors of round trip and logdet for a sweep of TARFlows on digits, random ones and a trained one."
+    "T2, T3: errors of round trip and logdet for a sweep of TARFlows on digits, and for a trained one."
     from flowbook.data import batches, load                  # what it measures with, and what it measures
     from flowbook.flows import shake
     from flowbook.tarflow import TarFlow
@@ -444,50 +525,71 @@ def exact_flow(seed, budget):
                 flow = shake(TarFlow(8, 1, 2, c['dim'], T, K, 8, classes=10, orders=orders), c['shake'], seed)
                 models[f'T={T} K={K} {order}'] = flow_errors(flow, x, y)
     flow = TarFlow(8, 1, 2, 32, 4, 1, 16, classes=10)
-    for _ in fit(flow, batches(digits, 128, seed=seed, transforms=noise), steps=c['steps'], lr=1e-2, warmup=c['steps'] // 10): pass
+    data = batches(digits, 128, seed=seed, transforms=noise)
+    for _ in fit(flow, data, steps=c['steps'], lr=1e-2, warmup=c['steps'] // 10): pass
     return {'models': models | {'T=4 K=1 trained': flow_errors(flow, x, y)}}
 
-# %% ../nbs/03_evidence.ipynb #bb30f49e
+# %% ../nbs/03_evidence.ipynb #161d28c3
 def judge_t4(results):
     worst = lambda k: max(r[k] for r in results)
-    return {'T4': all_of(identity(worst('log_prob'), 1e-10, 'log-likelihood of the TARFlow and of the MAF with its blocks (nats)'), identity(worst('inverse'), 1e-10, 'their inverses'),
-                         identity(worst('conditionals'), 1e-10, 'a block against its Gaussian conditionals'), identity(worst('first'), 0., 'mu and alpha of the first token'))}
+    exact = lambda k, what, tolerance=1e-10: identity(worst(k), tolerance, what)
+    same = 'log-likelihood of the TARFlow and of the MAF with its blocks (nats)'
+    return {'T4': all_of(exact('log_prob', same),
+                         exact('inverse', 'their inverses'),
+                         exact('conditionals', 'a block against its Gaussian conditionals'),
+                         exact('first', 'mu and alpha of the first token', 0.))}
 
-# %% ../nbs/03_evidence.ipynb #2c4f4d9a
-@experiment('maf_limit', claims=('T4',), title='with D = 1, TARFlow is a MAF whose first conditional is the identity', verdict=judge_t4,
-            seeds={'smoke': 1, 'laptop': 3}, config={'smoke': {'image_size': 3, 'blocks': 2, 'layers': 1}, 'laptop': {'image_size': 8, 'blocks': 4, 'layers': 2}})
-def maf_limit(seed, budget):
-    "T4: a TARFlow of one-number tokens against the Autoregressive flow of chapter 01."
-    from flowbook.flows import MAF, Autoregressive, Chain, shake # what it measures
-    from flowbook.tarflow import TarFlow
-    c = EXPERIMENTS['maf_limit'].config[budget]
-    n = c['image_size']**2
-    flow = shake(TarFlow(c['image_size'], 1, 1, 16, c['blocks'], c['layers'], head_dim=8), .1, seed).double()
+# %% ../nbs/03_evidence.ipynb #32691e62
+def as_maf(flow, # a TarFlow with tokens of one number
+          ):
+    "The MAF of chapter 01 with the blocks of a TARFlow as its conditioners: the same weights."
+    from flowbook.flows import Autoregressive, Chain
     class Conditioner(torch.nn.Module):                      # (b, d) -> mu, alpha (b, d)
         def __init__(self, block): super().__init__(); self.block = block
         def forward(self, x, y=None):
             mu, alpha, _ = self.block.params(self.block.read(x[..., None]), y)
             return self.block.unread(mu)[..., 0], self.block.unread(alpha)[..., 0]
-    rank = lambda b: torch.empty(n, dtype=torch.long).scatter_(0, b.read(torch.arange(n)[None, :, None])[0, :, 0], torch.arange(n))
-    maf = Chain(*[Autoregressive(Conditioner(b), rank(b)) for b in flow.parts()])
-    x, block = torch.rand(16, 1, c['image_size'], c['image_size'], dtype=torch.float64) * 2 - 1, flow.parts()[0]
-    with torch.no_grad():
-        z = flow(x)[0]
-        mu, alpha, _ = block.params(block.read(flow.to_parts(x)))
-        conditionals = torch.distributions.Normal(mu, alpha.exp()).log_prob(block.read(flow.to_parts(x))).sum((1, 2))
-        made = shake(MAF(n, 16, blocks=1), .1, seed).double().parts()[0]
-        first = torch.stack(made.net(x.flatten(1)), -1)[:, 0]                   # (b, 2) mu and alpha of a MAF's first coordinate
-        return {'log_prob': (maf.log_prob(x.flatten(1)) - flow.log_prob(x)).abs().max().item(), 'inverse': (maf.inverse(z[..., 0]) - flow.inverse(z).flatten(1)).abs().max().item(),
-                'conditionals': (conditionals - block.log_prob(flow.to_parts(x))).abs().max().item(), 'first': torch.stack([mu, alpha])[:, :, 0].abs().max().item(),
-                'first_of_maf': first.abs().max().item(), 'first_of_maf_varies': first.std(0).max().item()}
+    def rank(block):                                         # (n,) place of each pixel in its reading order
+        places = torch.arange(math.prod(flow.z_shape))
+        order = block.read(places[None, :, None])[0, :, 0]
+        return torch.empty_like(order).scatter_(0, order, places)
+    return Chain(*[Autoregressive(Conditioner(b), rank(b)) for b in flow.parts()])
 
-# %% ../nbs/03_evidence.ipynb #74ce40da
+# %% ../nbs/03_evidence.ipynb #c45db898
+@experiment('maf_limit', claims=('T4',), verdict=judge_t4, seeds={'smoke': 1, 'laptop': 3},
+            title='with D = 1, TARFlow is a MAF whose first conditional is the identity',
+            config={'smoke': {'image_size': 3, 'blocks': 2, 'layers': 1},
+                    'laptop': {'image_size': 8, 'blocks': 4, 'layers': 2}})
+def maf_limit(seed, budget):
+    "T4: a TARFlow of one-number tokens against the Autoregressive flow of chapter 01."
+    from flowbook.flows import MAF, shake                    # what it measures
+    from flowbook.tarflow import TarFlow
+    c = EXPERIMENTS['maf_limit'].config[budget]
+    s = c['image_size']
+    flow = shake(TarFlow(s, 1, 1, 16, c['blocks'], c['layers'], head_dim=8), .1, seed).double()
+    maf, block = as_maf(flow), flow.parts()[0]
+    x = torch.rand(16, 1, s, s, dtype=torch.float64) * 2 - 1
+    with torch.no_grad():
+        z, tokens = flow(x)[0], flow.to_parts(x)
+        mu, alpha, _ = block.params(block.read(tokens))
+        conditionals = torch.distributions.Normal(mu, alpha.exp()).log_prob(block.read(tokens)).sum((1, 2))
+        made = shake(MAF(s**2, 16, blocks=1), .1, seed).double().parts()[0]
+        first = torch.stack(made.net(x.flatten(1)), -1)[:, 0]                   # (b, 2) mu, alpha of a MAF
+        size = lambda v: v.abs().max().item()
+        return {'log_prob': size(maf.log_prob(x.flatten(1)) - flow.log_prob(x)),
+                'inverse': size(maf.inverse(z[..., 0]) - flow.inverse(z).flatten(1)),
+                'conditionals': size(conditionals - block.log_prob(tokens)),
+                'first': size(torch.stack([mu, alpha])[:, :, 0]),
+                'first_of_maf': size(first), 'first_of_maf_varies': first.std(0).max().item()}
+
+# %% ../nbs/03_evidence.ipynb #c271c555
 def param_count(flow) -> int: return sum(p.numel() for p in flow.parameters())
 
 def free_count(flow) -> int:
-    "Parameters that a mask does not switch off."
+    "Parameters that no mask of a MADE switches off."
     from flowbook.flows import MaskedLinear
-    return param_count(flow) - sum(int((m.mask == 0).sum()) for m in flow.modules() if isinstance(m, MaskedLinear))
+    masks = [m.mask for m in flow.modules() if isinstance(m, MaskedLinear)]
+    return param_count(flow) - sum(int((m == 0).sum()) for m in masks)
 
 def match_width(make,          # width -> flow
                 target:int,    # parameters wanted
@@ -501,26 +603,28 @@ def match_width(make,          # width -> flow
         low, high = (mid, high) if count(make(mid)) < target else (low, mid)
     return min((w for w in (low, high) if w), key=lambda w: abs(count(make(w)) - target))
 
-# %% ../nbs/03_evidence.ipynb #4aaa3a27
-def fit_best(flow, train, held_out, noise, *, steps:int, lr:float, seed:int=0,
-             weight_decay:float=1e-4, average:float=.98, checks:int=20, batch_size:int=128) -> tuple: # (best held-out nats per dimension, its step, all looks)
-    "Train, look at the averaged weights `checks` times, and leave those in `flow` that were best on the held-out part."
+# %% ../nbs/03_evidence.ipynb #276e5201
+def fit_best(flow, train, held_out, noise, *, steps:int, lr:float, seed:int=0, weight_decay:float=1e-4,
+             average:float=.98, checks:int=20, # decay of the averaged weights; how often to look
+             batch_size:int=128) -> tuple:     # (best held-out nats per dimension, its step, all looks)
+    "Train, look at the averaged weights `checks` times, leave those in `flow` that were best on `held_out`."
     from flowbook.data import batches
     from flowbook.train import NonFiniteLoss, ema, fit, mean_nll
     mean, looks, best = ema(flow, average), [], (math.inf, 0)
-    logs = fit(flow, batches(train, batch_size, seed=seed, transforms=noise), steps=steps, lr=lr, weight_decay=weight_decay,
-               warmup=steps // 20, ema=mean, every=max(1, steps // checks))
+    data = batches(train, batch_size, seed=seed, transforms=noise)
     try:
-        for log in logs:
+        for log in fit(flow, data, steps=steps, lr=lr, weight_decay=weight_decay, warmup=steps // 20,
+                       ema=mean, every=max(1, steps // checks)):
             nats = mean_nll(mean.module, held_out, noise)
-            if not math.isfinite(nats): break                # a setting that breaks is judged by what it reached before
+            if not math.isfinite(nats): break                # it broke: what it reached before counts
             looks.append(nats)
-            if nats < best[0]: best, state = (nats, log['step']), {k: v.clone() for k, v in mean.module.state_dict().items()}
+            if nats < best[0]:
+                best, state = (nats, log['step']), {k: v.clone() for k, v in mean.module.state_dict().items()}
     except NonFiniteLoss: pass
     if best[1]: flow.load_state_dict(state)
     return *best, looks
 
-# %% ../nbs/03_evidence.ipynb #a8da4283
+# %% ../nbs/03_evidence.ipynb #a03312d1
 def families(c:dict) -> dict: # {name: function that makes the flow}
     "The models of T5: equal parameters, equal blocks, and the two controls."
     from flowbook.flows import MAF, OnImages, RealNVP
@@ -530,39 +634,48 @@ def families(c:dict) -> dict: # {name: function that makes the flow}
     maf  = lambda h, T=T: OnImages(MAF(64, h, layers=1, blocks=T), shape)
     pair = lambda h, T=T: OnImages(RealNVP(64, h, layers=1, blocks=T), shape)
     deep, target = lambda h: pair(h, 2 * T), param_count(tarflow())
-    made = {'maf': (maf, param_count), 'coupling': (pair, param_count), 'maf_free': (maf, free_count), 'coupling_deep': (deep, param_count)}
+    made = {'maf': (maf, param_count), 'coupling': (pair, param_count),
+            'maf_free': (maf, free_count), 'coupling_deep': (deep, param_count)}
     widths = {k: match_width(make, target, count) for k, (make, count) in made.items()}
-    return {'tarflow': tarflow, **{k: (lambda make=make, h=widths[k]: make(h)) for k, (make, _) in made.items()}}
+    return {'tarflow': tarflow, **{k: partial(make, widths[k]) for k, (make, _) in made.items()}}
 
-# %% ../nbs/03_evidence.ipynb #f811e38a
+# %% ../nbs/03_evidence.ipynb #5589e3b1
 def judge_t5(results):
     bits = lambda k: [r[k]['bits'] for r in results]
     steps = results[0]['steps']
-    pairs = [lower(bits(a), bits(b), (a, b), 'bits/dim', steps) for a, b in (('tarflow', 'maf'), ('maf', 'coupling'))]
+    pairs = [lower(bits(a), bits(b), (a, b), 'bits/dim', steps)
+             for a, b in (('tarflow', 'maf'), ('maf', 'coupling'))]
     return {'T5': all_of(*pairs)}
 
-# %% ../nbs/03_evidence.ipynb #511aa4a8
-@experiment('bits_per_dim', claims=('T5',), title='bits/dim on digits at equal parameters: TARFlow < MAF < affine coupling', verdict=judge_t5, seeds={'smoke': 1, 'laptop': 5},
-            config={'smoke': {'patch_size': 2, 'dim': 8, 'head_dim': 4, 'blocks': 2, 'steps': 4, 'lrs': [1e-2], 'decays': [.3], 'held_out': 288, 'draws': 1},
-                    'laptop': {'patch_size': 2, 'dim': 32, 'head_dim': 16, 'blocks': 4, 'steps': 500, 'lrs': [1e-2, 3e-2, 1e-1], 'decays': [1e-4, .3], 'held_out': 288, 'draws': 10}})
+# %% ../nbs/03_evidence.ipynb #f353c835
+@experiment('bits_per_dim', claims=('T5',), verdict=judge_t5, seeds={'smoke': 1, 'laptop': 5},
+            title='bits/dim on digits at equal parameters: TARFlow < MAF < affine coupling',
+            config={'smoke': {'patch_size': 2, 'dim': 8, 'head_dim': 4, 'blocks': 2, 'steps': 4,
+                              'lrs': [1e-2], 'decays': [.3], 'held_out': 288, 'draws': 1},
+                    'laptop': {'patch_size': 2, 'dim': 32, 'head_dim': 16, 'blocks': 4, 'steps': 500,
+                               'lrs': [1e-2, 3e-2, 1e-1], 'decays': [1e-4, .3],
+                               'held_out': 288, 'draws': 10}})
 def bits_per_dim(seed, budget):
-    "T5: the three families and two controls, trained alike, each at its best setting of one grid and its best moment."
+    "T5: three families and two controls, trained alike, each at its best setting and its best moment."
     from flowbook.data import InMemory, load, stratified     # what it measures with
     from flowbook.train import Dequantize, mean_nll, to_bits
     c = EXPERIMENTS['bits_per_dim'].config[budget]
     digits, test = load('digits'), load('digits', 'test')
     part = lambda i: InMemory(digits.images[i], digits.labels[i], digits.classes, digits.levels)
-    (train, held_out), noise = map(part, stratified(digits.labels, c['held_out'], seed)), [Dequantize(digits.levels)]
-    bits, out = lambda nats: to_bits(nats, digits.levels), {'steps': c['steps']}
+    train, held_out = map(part, stratified(digits.labels, c['held_out'], seed))
+    noise, out = [Dequantize(digits.levels)], {'steps': c['steps']}
+    bits = lambda nats: to_bits(nats, digits.levels)
     for name, make in families(c).items():
         tried = []
-        for lr in c['lrs']:
-            for decay in c['decays']:
-                torch.manual_seed(seed)
-                flow = make()
-                nats, step, looks = fit_best(flow, train, held_out, noise, steps=c['steps'], lr=lr, weight_decay=decay, seed=seed)
-                if looks: tried.append((bits(nats), step, lr, decay, flow, looks))
+        for lr, decay in itertools.product(c['lrs'], c['decays']):
+            torch.manual_seed(seed)
+            flow = make()
+            nats, step, looks = fit_best(flow, train, held_out, noise, steps=c['steps'], lr=lr,
+                                         weight_decay=decay, seed=seed)
+            if looks: tried.append((bits(nats), step, lr, decay, flow, looks))
         best, step, lr, decay, flow, looks = min(tried, key=lambda t: t[0])
-        out[name] = {'bits': bits(mean_nll(flow, test, noise, draws=c['draws'])), 'held_out': best, 'train': bits(mean_nll(flow, train, noise)), 'step': step, 'lr': lr, 'decay': decay,
-                     'params': param_count(flow), 'free': free_count(flow), 'grid': [list(t[:4]) for t in tried], 'curve': [round(bits(v), 4) for v in looks]}
+        out[name] = {'bits': bits(mean_nll(flow, test, noise, draws=c['draws'])), 'held_out': best,
+                     'train': bits(mean_nll(flow, train, noise)), 'step': step, 'lr': lr, 'decay': decay,
+                     'params': param_count(flow), 'free': free_count(flow),
+                     'grid': [list(t[:4]) for t in tried], 'curve': [round(bits(v), 4) for v in looks]}
     return out

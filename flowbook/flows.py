@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TOLERANCE', 'normal_log_prob', 'Flow', 'check_y', 'ClassEmbedding', 'affine', 'bounded', 'unaffine', 'Chain', 'zero_',
-           'check_vector', 'Coupling', 'RealNVP', 'shake', 'jacobian', 'show_matrix', 'check_flow', 'causality_error',
-           'gradient_error', 'MaskedLinear', 'MADE', 'Autoregressive', 'MAF', 'density_grid', 'OnImages',
-           'weights_folder', 'Pretrained', 'load_strictly', 'find_pretrained', 'model_card']
+           'check_vector', 'Coupling', 'RealNVP', 'shake', 'jacobian', 'show_matrix', 'causality_error',
+           'gradient_error', 'check_flow', 'MaskedLinear', 'MADE', 'Autoregressive', 'MAF', 'density_grid', 'OnImages',
+           'Pretrained', 'load_strictly', 'weights_folder', 'find_pretrained', 'model_card']
 
 # %% ../nbs/01_flows.ipynb #d992e0c6
 import math
@@ -17,23 +17,27 @@ from torch.nn import functional as F
 # %% ../nbs/01_flows.ipynb #d70f887d
 # Axis legend of this module: b batch, d dimensions of a vector, k classes.
 
-# %% ../nbs/01_flows.ipynb #6ef9bec0
+# %% ../nbs/01_flows.ipynb #35deb62e
 def normal_log_prob(z:Tensor,             # (b, ...) latents
                     var:Tensor|float=1.,  # variance, broadcast against one latent
                    ) -> Tensor:           # (b,) nats, summed over all dimensions
     "Log-density of N(0, var), constants included. TARFlow Eq. 2."
+    if z.dtype in (torch.float16, torch.bfloat16): z = z.float()         # a sum of thousands needs the digits
     var = torch.as_tensor(var, dtype=z.dtype, device=z.device)
     return -.5 * (z**2 / var + torch.log(2 * math.pi * var)).flatten(1).sum(1)
 
-# %% ../nbs/01_flows.ipynb #bad26836
+# %% ../nbs/01_flows.ipynb #bb6afcad
 class Flow(nn.Module):
-    "An invertible map: `forward(x, y) -> (z, logdet)`, `inverse(z, y) -> x`; logdet is (b,), nats, summed."
+    "An invertible map: `forward(x, y) -> (z, logdet)`, `inverse(z, y) -> x`; logdet (b,), nats, summed."
     z_shape: tuple = ()              # shape of one latent
     classes: int = 0                 # 0: unconditional
     prior_var: Tensor|float = 1.     # variance of the base distribution N(0, prior_var)
 
-    def forward(self, x:Tensor, y=None): raise NotImplementedError(f'{type(self).__name__} lacks forward(x, y) -> (z, logdet)')
-    def inverse(self, z:Tensor, y=None): raise NotImplementedError(f'{type(self).__name__} lacks inverse(z, y) -> x')
+    def forward(self, x:Tensor, y=None):
+        raise NotImplementedError(f'{type(self).__name__} lacks forward(x, y) -> (z, logdet)')
+
+    def inverse(self, z:Tensor, y=None):
+        raise NotImplementedError(f'{type(self).__name__} lacks inverse(z, y) -> x')
 
     def log_prob(self, x:Tensor,  # (b, ...) data
                  y=None           # None, labels (b,) with -1 for a dropped one, or class weights (b, k)
@@ -49,12 +53,13 @@ class Flow(nn.Module):
         return z * torch.as_tensor(self.prior_var, dtype=z.dtype, device=z.device).sqrt()
 
     @torch.no_grad()
-    def sample(self, n_or_y,         # how many, or one label (b,) / row of class weights (b, k) a sample
+    def sample(self, n_or_y,         # how many, or a label (b,) / row of class weights (b, k) a sample
                generator=None        # torch.Generator on the CPU
               ) -> Tensor:           # (b, ...) data
         "Draw latents and invert them: the definition of sampling."
         if isinstance(n_or_y, int):
-            if n_or_y < 0: raise ValueError(f'n_or_y: {n_or_y} samples were asked for; a number of samples is 0 or more')
+            if n_or_y < 0:
+                raise ValueError(f'n_or_y: {n_or_y} samples were asked for; give 0 or more')
             return self.inverse(self.draw(n_or_y, generator))
         y = torch.as_tensor(n_or_y)
         check_y(y, self.classes)
@@ -73,37 +78,52 @@ class Flow(nn.Module):
         "Which entries of dz/dx may differ from zero: (d, d) bool over flattened z and x; None: any."
         return None
 
-# %% ../nbs/01_flows.ipynb #f2710e1a
-def check_y(y, classes:int) -> None:
-    "Refuse labels `y` that a flow of `classes` classes cannot take (labels on a GPU are taken on trust: looking would wait for it)."
+# %% ../nbs/01_flows.ipynb #78634193
+def check_y(y, classes:int, b:int|None=None) -> None:
+    "ValueError for labels `y` that a flow of `classes` classes cannot take, for `b` samples if that is known."
     if y is None: return
-    if not classes: raise ValueError(f'y: labels of shape {tuple(y.shape)} were given to a flow without classes; give y=None, or build the flow with classes=k')
+    if not isinstance(y, Tensor):
+        raise ValueError(f'y: {type(y).__name__} came; give a tensor: integer labels (b,), or float class weights (b, k)')
+    shape = tuple(y.shape)
+    if not classes:
+        raise ValueError(f'y: labels of shape {shape} were given to a flow without classes; '
+                         'give y=None, or build the flow with classes=k')
+    if b is not None and y.ndim and len(y) != b:
+        raise ValueError(f'y: shape {shape} came for {b} samples; '
+                         f'give one label a sample, or one row of {classes} class weights')
     if y.ndim == 2 and y.is_floating_point():
-        if y.shape[1] != classes: raise ValueError(f'y: class weights of shape {tuple(y.shape)}; this flow has {classes} classes and takes (b, {classes})')
-        return
-    if y.ndim != 1 or y.is_floating_point() or y.is_complex():
-        raise ValueError(f'y: a {y.dtype} tensor of shape {tuple(y.shape)}; give integer labels (b,), or float class weights (b, {classes})')
-    if y.device.type == 'cpu' and y.numel() and (y.min() < -1 or y.max() >= classes):
-        raise ValueError(f'y: labels from {y.min()} to {y.max()}; this flow has {classes} classes, so 0..{classes - 1}, or -1 for a dropped label')
+        if y.shape[1] == classes: return
+        raise ValueError(f'y: class weights of shape {shape}; '
+                         f'this flow has {classes} classes and takes (b, {classes})')
+    if y.ndim != 1 or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        raise ValueError(f'y: a {y.dtype} tensor of shape {shape}; '
+                         f'give integer labels (b,), or float class weights (b, {classes})')
+    # labels on a GPU are taken on trust: to look at them is to wait for the GPU
+    if y.device.type == 'cpu' and y.numel() and not -1 <= int(y.min()) <= int(y.max()) < classes:
+        raise ValueError(f'y: labels from {y.min()} to {y.max()}; this flow has {classes} classes, '
+                         f'so 0..{classes - 1}, or -1 for a dropped label')
 
+# %% ../nbs/01_flows.ipynb #6cb88c8c
 class ClassEmbedding(nn.Module):
-    "One vector a class; no label means the mean of all, dropped label -1 likewise, class weights their mixture."
+    "One vector a class; no label, or a dropped one (-1), is their mean; class weights are their mixture."
     def __init__(self, classes:int, dim:int):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(classes, dim) * .01)
 
-    def forward(self, y=None) -> Tensor:  # (b, dim), or (1, dim) without labels
-        check_y(y, len(self.weight))
+    def forward(self, y=None,             # for `b` samples, if that is known
+                b:int|None=None) -> Tensor: # (b, dim), or (1, dim) without labels
+        check_y(y, len(self.weight), b)
         mean = self.weight.mean(0, keepdim=True)
         if y is None: return mean
         if y.is_floating_point(): return y.to(self.weight.dtype) @ self.weight
         # where, not a boolean index: its size would depend on the data, and a GPU would have to wait
         return torch.where((y < 0)[:, None], mean, self.weight[y.clamp(min=0).long()])
 
-# %% ../nbs/01_flows.ipynb #f58a0c61
+# %% ../nbs/01_flows.ipynb #604c1a62
 def affine(x:Tensor, mu:Tensor, alpha:Tensor): # all (b, ...)
     "z = (x - mu) exp(-alpha) and log|det dz/dx| = -sum alpha, (b,). TARFlow Eq. 3 and 5."
-    return (x - mu) * torch.exp(-alpha), -alpha.flatten(1).sum(1)
+    wide = torch.promote_types(alpha.dtype, torch.float32)               # a sum of thousands needs the digits
+    return (x - mu) * torch.exp(-alpha), -alpha.flatten(1).sum(1, dtype=wide)
 
 def bounded(alpha:Tensor, bound:float=3.) -> Tensor:
     "alpha, softly kept within -bound..bound: for conditioners whose output grows with their input."
@@ -113,14 +133,19 @@ def unaffine(z:Tensor, mu:Tensor, alpha:Tensor) -> Tensor:
     "x = z exp(alpha) + mu, the inverse of `affine`. TARFlow Eq. 4."
     return z * torch.exp(alpha) + mu
 
-# %% ../nbs/01_flows.ipynb #402dbf4e
+# %% ../nbs/01_flows.ipynb #81771deb
 class Chain(Flow):
     "Flows applied one after the other; their log-determinants add up."
     def __init__(self, *flows:Flow):
         super().__init__()
         if not flows: raise ValueError('flows: none were given; a chain needs at least one flow')
         self.flows = nn.ModuleList(flows)
+        if len(kinds := {f.classes for f in flows}) > 1:
+            raise ValueError(f'flows: they have {sorted(kinds)} classes; give all the same number')
         self.z_shape, self.classes = flows[-1].z_shape, flows[0].classes
+
+    @property
+    def prior_var(self): return self.flows[-1].prior_var
 
     def forward(self, x, y=None):
         logdet = x.new_zeros(len(x))
@@ -135,35 +160,41 @@ class Chain(Flow):
 
     def parts(self): return [p for flow in self.flows for p in flow.parts()]
 
-# %% ../nbs/01_flows.ipynb #73d82f41
+# %% ../nbs/01_flows.ipynb #80df1fbd
 def zero_(layer:nn.Linear) -> nn.Linear:
     "Set weight and bias to zero: a flow whose last layer is zero starts as the identity."
     nn.init.zeros_(layer.weight); nn.init.zeros_(layer.bias)
     return layer
 
 def check_vector(x:Tensor, dim:int, name:str='x') -> None:
-    "Refuse what is not a batch of vectors of `dim` numbers."
-    if x.ndim != 2 or x.shape[1] != dim: raise ValueError(f'{name}: shape {tuple(x.shape)} was given; this flow takes (b, {dim})')
-    if not x.is_floating_point(): raise ValueError(f'{name}: {x.dtype} was given; a flow takes floating point numbers')
+    "ValueError for what is not a batch of vectors of `dim` floating point numbers."
+    if x.ndim != 2 or x.shape[1] != dim:
+        raise ValueError(f'{name}: shape {tuple(x.shape)} was given; this flow takes (b, {dim})')
+    if not x.is_floating_point():
+        raise ValueError(f'{name}: {x.dtype} was given; a flow takes floating point numbers')
 
+# %% ../nbs/01_flows.ipynb #59af7078
 class Coupling(Flow):
     "Affine coupling: the entries in `keep` pass and steer the others. RealNVP (Dinh et al., 2017)."
     def __init__(self, keep:Tensor, # (d,) bool: entries that pass unchanged
                  hidden:int,        # width of the network
                  layers:int=2,      # hidden layers
-                 classes:int=0):
+                 classes:int=0):    # 0: unconditional
         super().__init__()
+        if getattr(keep, 'dtype', None) != torch.bool or keep.ndim != 1:
+            raise ValueError(f'keep: {keep!r} came; give a bool tensor (d,), True where an entry passes')
         d = len(keep)
         self.z_shape, self.classes = (d,), classes
         self.register_buffer('keep', keep.clone())
         self.inp = nn.Linear(d, hidden)
         self.embed = ClassEmbedding(classes, hidden) if classes else None
-        self.body = nn.Sequential(*[m for _ in range(layers - 1) for m in (nn.ReLU(), nn.Linear(hidden, hidden))], nn.ReLU())
+        middle = [m for _ in range(layers - 1) for m in (nn.ReLU(), nn.Linear(hidden, hidden))]
+        self.body = nn.Sequential(*middle, nn.ReLU())
         self.out = zero_(nn.Linear(hidden, 2 * d))
 
     def params(self, x, y=None):
         h = self.inp(x * self.keep)
-        if self.embed is not None: h = h + self.embed(y)
+        if self.embed is not None: h = h + self.embed(y, len(x))
         mu, alpha = self.out(self.body(h)).chunk(2, 1)          # (b, d) each
         return mu * ~self.keep, bounded(alpha) * ~self.keep
 
@@ -177,42 +208,90 @@ class Coupling(Flow):
         if self.embed is None: check_y(y, 0)
         return unaffine(z, *self.params(z, y))                  # z and x agree where the network looks
 
-    def sparsity(self): return torch.eye(len(self.keep), dtype=torch.bool) | (~self.keep[:, None] & self.keep[None]).cpu()
+    def sparsity(self):
+        steered = (~self.keep[:, None] & self.keep[None]).cpu()           # output i reads input j
+        return torch.eye(len(self.keep), dtype=torch.bool) | steered
 
+# %% ../nbs/01_flows.ipynb #d494705e
 def RealNVP(dim:int, hidden:int=64, layers:int=2, blocks:int=6, classes:int=0) -> Chain:
     "Affine couplings that keep the even, then the odd entries, in turn. RealNVP (Dinh et al., 2017)."
     if dim < 2: raise ValueError(f'dim: {dim}; a coupling cuts a vector in two, so it needs 2 or more')
     even = torch.arange(dim) % 2 == 0
-    return Chain(*[Coupling(even if t % 2 == 0 else ~even, hidden, layers, classes) for t in range(blocks)])
+    keeps = [even if t % 2 == 0 else ~even for t in range(blocks)]
+    return Chain(*[Coupling(keep, hidden, layers, classes) for keep in keeps])
 
-# %% ../nbs/01_flows.ipynb #7d2b4fea
+# %% ../nbs/01_flows.ipynb #50e04f44
 @torch.no_grad()
 def shake(flow:nn.Module,  # any module
-          scale:float=.1,  # standard deviation of what is added, for up to 16 inputs (less for wider layers)
+          scale:float=.1,  # standard deviation of the noise, for up to 16 inputs (less for wider layers)
           seed:int=0) -> nn.Module:
-    "Add seeded noise to all parameters, in place: a fresh flow is the identity, on which every test would pass."
+    "Add seeded noise to all parameters, in place: a fresh flow is the identity, where all tests pass."
     g = torch.Generator().manual_seed(seed)
-    for p in flow.parameters(): p.add_(torch.randn(p.shape, generator=g, dtype=torch.float64).to(p), alpha=scale / max(1, p.shape[-1] / 16)**.5)
+    for p in flow.parameters():
+        noise = torch.randn(p.shape, generator=g, dtype=torch.float64).to(p)
+        p.add_(noise, alpha=scale / max(1, p.shape[-1] / 16)**.5)
     return flow
 
-# %% ../nbs/01_flows.ipynb #fe423c54
+# %% ../nbs/01_flows.ipynb #6c9dab51
 def jacobian(flow:Flow,     # any flow
              x:Tensor,      # (b, ...) a batch
              y=None) -> Tensor: # (b, d, d)
     "dz/dx of every sample of a batch, flattened, by autograd: one backward pass a dimension."
-    def one(x, y): return torch.autograd.functional.jacobian(lambda x: flow(x[None], y)[0].flatten(), x)
     d = x[0].numel()
-    return torch.stack([one(x[i], None if y is None else y[i:i+1]).reshape(d, d) for i in range(len(x))])
+    def one(x, y):
+        J = torch.autograd.functional.jacobian(lambda x: flow(x[None], y)[0].flatten(), x)
+        return J.reshape(d, d)
+    return torch.stack([one(x[i], None if y is None else y[i:i+1]) for i in range(len(x))])
 
 def show_matrix(ax, m:Tensor, title:str='', zero:str='k') -> None:
     "Draw a matrix on `ax`: exact zeros in the colour `zero`, everything else by its logarithmic size."
     import matplotlib as mpl
     m = m.detach().abs().double().cpu()
+    size = torch.where(m > 0, m.clamp(min=1e-12).log10(), torch.nan)
+    low, high = (size[m > 0].min().item(), size[m > 0].max().item()) if (m > 0).any() else (0., 0.)
     cmap = mpl.colormaps['cividis'].with_extremes(bad=zero)
-    ax.imshow(torch.where(m > 0, m.clamp(min=1e-12).log10(), torch.nan), cmap=cmap, interpolation='nearest')
+    # the scale begins below the smallest entry, so that small does not look like zero
+    ax.imshow(size, cmap=cmap, interpolation='nearest', vmin=low - .5 * (high - low) - .1, vmax=high)
     ax.set(title=title, xlabel='input', ylabel='output', xticks=[], yticks=[])
 
-# %% ../nbs/01_flows.ipynb #dd39eef7
+# %% ../nbs/01_flows.ipynb #74add98f
+def _round_trip(flow, x, y=None):
+    "(z, logdet, error of inverse(forward(x))); AssertionError for a wrong shape, or an input written into."
+    same = lambda a, b: torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+    kept = x.clone()
+    with torch.no_grad():
+        z, logdet = flow(x, y)
+        if z.shape[1:] != tuple(flow.z_shape):
+            raise AssertionError(f'z has shape {tuple(z.shape)}, but z_shape is {flow.z_shape}')
+        if logdet.shape != (len(x),):
+            raise AssertionError(f'logdet has shape {tuple(logdet.shape)}; it must be ({len(x)},)')
+        z_kept = z.clone()
+        back = flow.inverse(z, y)
+    if not same(x, kept): raise AssertionError('forward wrote into its input')
+    if not same(z, z_kept): raise AssertionError('inverse wrote into its input')
+    return z, logdet, (back - x).abs().max().item()
+
+# %% ../nbs/01_flows.ipynb #5cd23b9f
+def causality_error(flow:Flow, x:Tensor, y=None) -> float:
+    "The largest entry of a part's Jacobian where its `sparsity` promises zero."
+    x, leaks = flow.to_parts(x), [torch.zeros(1, dtype=x.dtype)]
+    for part in flow.parts():
+        if (mask := part.sparsity()) is not None:
+            leaks.append(jacobian(part, x, y)[:, ~mask].abs().flatten().cpu())
+        with torch.no_grad(): x = part(x, y)[0]
+    return torch.cat(leaks).max().item()
+
+def gradient_error(flow:Flow, z:Tensor, J:Tensor, y=None) -> float:
+    "A random vector v, sent back through the inverse: v (dx/dz) (dz/dx) must be v; inf without a gradient."
+    z = z.detach().clone().requires_grad_()
+    x = flow.inverse(z, y)
+    if not x.requires_grad: return math.inf
+    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x)
+    g, = torch.autograd.grad(x, z, v, allow_unused=True)
+    if g is None: return math.inf
+    return (torch.einsum('bi,bij->bj', g.flatten(1), J) - v.flatten(1)).abs().max().item()
+
+# %% ../nbs/01_flows.ipynb #cce9dfc1
 TOLERANCE = {torch.float64: {'round trip': 1e-10, 'logdet': 1e-8, 'causality': 0., 'gradient': 1e-8},
              torch.float32: {'round trip': 1e-5, 'logdet': 1e-3, 'causality': 0., 'gradient': 1e-3}}
 
@@ -221,78 +300,66 @@ def check_flow(flow:Flow,        # any flow of the book
                y=None,           # labels, if the flow has classes
                tol:dict|None=None # overrides of `TOLERANCE`, for instance {'round trip': 1e-6}
               ) -> dict:         # the largest error of each kind
-    "Prove a flow: round trip, logdet against slogdet, causality, differentiable inverse; AssertionError says what failed."
-    if x.dtype not in TOLERANCE: raise ValueError(f'x: {x.dtype} was given; check_flow takes float64 (exactness) or float32')
+    "Prove a flow: round trip, logdet, causality, gradient; AssertionError says what failed."
+    if x.dtype not in TOLERANCE:
+        raise ValueError(f'x: {x.dtype} was given; check_flow takes float64 (exactness) or float32')
     tol = TOLERANCE[x.dtype] | (tol or {})
-    kept = x.clone()
-    with torch.no_grad():
-        z, logdet = flow(x, y)
-        if z.shape[1:] != tuple(flow.z_shape): raise AssertionError(f'z has shape {tuple(z.shape)}, but z_shape is {flow.z_shape}')
-        if logdet.shape != (len(x),): raise AssertionError(f'logdet has shape {tuple(logdet.shape)}; it must be ({len(x)},)')
-        z_kept = z.clone()
-        back = flow.inverse(z, y)
-    if not torch.equal(x, kept): raise AssertionError('forward wrote into its input')
-    if not torch.equal(z, z_kept): raise AssertionError('inverse wrote into its input')
+    z, logdet, trip = _round_trip(flow, x, y)
     x2, y2 = x[:2], None if y is None else y[:2]
-    J = jacobian(flow, x2, y2)                                                      # (2, d, d)
-    errors = {'round trip': (back - x).abs().max().item(),
+    J = jacobian(flow, x2, y2)                                            # (2, d, d)
+    errors = {'round trip': trip,
               'logdet': (torch.linalg.slogdet(J)[1] - logdet[:2]).abs().max().item(),
               'causality': causality_error(flow, x2, y2),
               'gradient': gradient_error(flow, z[:2], J, y2)}
-    bad = {k: e for k, e in errors.items() if not e <= tol[k]}                      # not <=: NaN fails too
-    if bad: raise AssertionError(f'{type(flow).__name__}: ' + ', '.join(f'{k} error {e:.1e} > {tol[k]:.0e}' for k, e in bad.items()))
+    bad = {k: e for k, e in errors.items() if not e <= tol[k]}            # NaN is bad, too
+    what = ', '.join(f'{k} error {e:.1e} > {tol[k]:.0e}' for k, e in bad.items())
+    if bad: raise AssertionError(f'{type(flow).__name__}: {what}')
     return errors
 
-def causality_error(flow:Flow, x:Tensor, y=None) -> float:
-    "The largest entry of a part's Jacobian where its `sparsity` promises zero."
-    x, leaks = flow.to_parts(x), [torch.zeros(1, dtype=x.dtype)]
-    for part in flow.parts():
-        if (mask := part.sparsity()) is not None: leaks.append(jacobian(part, x, y)[:, ~mask].abs().flatten().cpu())
-        with torch.no_grad(): x = part(x, y)[0]
-    return torch.cat(leaks).max().item()
-
-def gradient_error(flow:Flow, z:Tensor, J:Tensor, y=None) -> float:
-    "Backpropagate a random vector v through the inverse: v (dx/dz) (dz/dx) must give v again."
-    z = z.detach().clone().requires_grad_()
-    x = flow.inverse(z, y)
-    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x)
-    g, = torch.autograd.grad(x, z, v)
-    return (torch.einsum('bi,bij->bj', g.flatten(1), J) - v.flatten(1)).abs().max().item()
-
-# %% ../nbs/01_flows.ipynb #8a190dfd
+# %% ../nbs/01_flows.ipynb #8a233c39
 class MaskedLinear(nn.Linear):
-    "A linear layer from units of degrees `inp` to units of degrees `out`: out reads inp where inp <= out (< if `strict`)."
-    def __init__(self, inp:Tensor, out:Tensor, strict:bool=False):
+    "A linear layer in which o reads i where inp[i] <= out[o] (< if `strict`). MADE, Germain et al., 2015."
+    def __init__(self, inp:Tensor,      # (i,) degrees of the units it reads
+                 out:Tensor,            # (o,) degrees of the units it makes
+                 strict:bool=False):    # for the output layer
         super().__init__(len(inp), len(out))
-        self.register_buffer('mask', (inp[None] < out[:, None]) if strict else (inp[None] <= out[:, None]))
+        inp, out = inp[None], out[:, None]
+        self.register_buffer('mask', inp < out if strict else inp <= out)               # (o, i)
 
     def forward(self, x): return F.linear(x, self.weight * self.mask, self.bias)
 
-# %% ../nbs/01_flows.ipynb #46b8bdc9
+# %% ../nbs/01_flows.ipynb #dce09896
 class MADE(nn.Module):
-    "A masked MLP: (mu, alpha) of coordinate i read only coordinates that come before it in `order`. Germain et al., 2015."
+    "A masked MLP: mu, alpha (b, d) of a coordinate read only those before it. Germain et al., 2015."
     def __init__(self, order:Tensor, # (d,) rank of each coordinate, 0 is first
-                 hidden:int, layers:int=2, classes:int=0):
+                 hidden:int,         # width of the network
+                 layers:int=2,       # hidden layers
+                 classes:int=0):     # 0: unconditional
         super().__init__()
         deg = order + 1
-        hid = torch.arange(hidden) % max(len(order) - 1, 1) + 1
+        top = max(len(order) - 1, 1)         # a layer narrower than that spreads its degrees over all of 1..top
+        hid = (torch.arange(hidden) % top + 1 if hidden >= top else torch.linspace(1, top, hidden).round().long())
         self.inp = MaskedLinear(deg, hid)
         self.embed = ClassEmbedding(classes, hidden) if classes else None
-        self.body = nn.Sequential(*[m for _ in range(layers - 1) for m in (nn.ReLU(), MaskedLinear(hid, hid))], nn.ReLU())
+        middle = [m for _ in range(layers - 1) for m in (nn.ReLU(), MaskedLinear(hid, hid))]
+        self.body = nn.Sequential(*middle, nn.ReLU())
         self.out = zero_(MaskedLinear(hid, deg.repeat(2), strict=True))
 
     def forward(self, x, y=None):
         h = self.inp(x)
-        if self.embed is not None: h = h + self.embed(y)
+        if self.embed is not None: h = h + self.embed(y, len(x))
         mu, alpha = self.out(self.body(h)).chunk(2, 1)          # (b, d) each
         return mu, bounded(alpha)
 
+# %% ../nbs/01_flows.ipynb #a4d1620b
 class Autoregressive(Flow):
-    "The affine autoregressive flow over vectors, with any conditioner `net(x, y) -> (mu, alpha)`. TARFlow Eq. 3-5 with D = 1."
+    "The affine autoregressive flow with a conditioner `net(x, y)`. TARFlow Eq. 3-5, one number a token."
     def __init__(self, net:nn.Module, # strictly autoregressive in `order`
                  order:Tensor,        # (d,) rank of each coordinate, 0 is first
                  classes:int=0):
         super().__init__()
+        if sorted(order.tolist()) != list(range(len(order))):
+            raise ValueError(f'order: {order.tolist()} came; give each rank of 0..{len(order) - 1} once')
         self.net, self.z_shape, self.classes = net, (len(order),), classes
         self.register_buffer('order', order.clone())
 
@@ -305,14 +372,15 @@ class Autoregressive(Flow):
         check_vector(z, self.z_shape[0], 'z')
         if not self.classes: check_y(y, 0)
         x = torch.zeros_like(z)
-        for i in range(len(self.order)):                        # what is not known yet stays zero: it is not read
+        for i in range(len(self.order)):                 # what is not known yet stays zero: it is not read
             x = torch.where(self.order == i, unaffine(z, *self.net(x, y)), x)
         return x
 
     def sparsity(self): return (self.order[None] <= self.order[:, None]).cpu()
 
+# %% ../nbs/01_flows.ipynb #4ef57e02
 def MAF(dim:int, hidden:int=64, layers:int=2, blocks:int=5, classes:int=0) -> Chain:
-    "Masked autoregressive flow: MADE blocks that read the coordinates forwards, then backwards, in turn. Papamakarios et al., 2017."
+    "Autoregressive blocks that read forwards, then backwards, in turn. Papamakarios et al., 2017."
     if dim < 1: raise ValueError(f'dim: {dim}; a vector has 1 entry or more')
     order = torch.arange(dim)
     return Chain(*[Autoregressive(MADE(o, hidden, layers, classes), o, classes)
@@ -327,17 +395,24 @@ def density_grid(flow:Flow, lim:float=3., n:int=200, # the square [-lim, lim]^2,
     xy = torch.cartesian_prod(s, s)                                       # (n*n, 2), x_1 slow
     return s, flow.log_prob(xy, y).exp().reshape(n, n).T
 
-# %% ../nbs/01_flows.ipynb #30cbab6c
+# %% ../nbs/01_flows.ipynb #8d473575
 class OnImages(Flow):
     "A flow over vectors, used on images (b, c, h, w): the pixels in reading order."
     def __init__(self, flow:Flow, shape:tuple): # shape (c, h, w) of one image
         super().__init__()
-        if math.prod(shape) != math.prod(flow.z_shape): raise ValueError(f'shape: {tuple(shape)} has {math.prod(shape)} numbers; the flow takes {math.prod(flow.z_shape)}')
+        have, want = math.prod(shape), math.prod(flow.z_shape)
+        if have != want:
+            raise ValueError(f'shape: {tuple(shape)} has {have} numbers; the flow takes {want}')
         self.flow, self.shape = flow, tuple(shape)
         self.z_shape, self.classes = flow.z_shape, flow.classes
 
+    @property
+    def prior_var(self): return self.flow.prior_var
+
     def forward(self, x, y=None):
-        if tuple(x.shape[1:]) != self.shape: raise ValueError(f'x: shape {tuple(x.shape)} was given; this flow takes (b, {", ".join(map(str, self.shape))})')
+        if tuple(x.shape[1:]) != self.shape:
+            takes = ', '.join(map(str, ('b', *self.shape)))
+            raise ValueError(f'x: shape {tuple(x.shape)} was given; this flow takes ({takes})')
         return self.flow(self.to_parts(x), y)
 
     def inverse(self, z, y=None): return self.flow.inverse(z, y).unflatten(1, self.shape)
@@ -345,78 +420,109 @@ class OnImages(Flow):
     def parts(self): return self.flow.parts()
     def sparsity(self): return self.flow.sparsity()
 
-# %% ../nbs/01_flows.ipynb #a418397a
-def weights_folder():
-    "The folder of the small checkpoints that come with the book."
-    from pathlib import Path
-    return Path(__file__).parent/'weights' if '__file__' in globals() else Path(__import__('flowbook').__file__).parent/'weights'
-
+# %% ../nbs/01_flows.ipynb #7496c825
 class Pretrained:
-    "`save_pretrained` / `from_pretrained` in the Hugging Face layout; needs `self.config`, the arguments of `__init__`."
+    "Save and load in the Hugging Face layout; needs `self.config`, the arguments of `__init__`."
     config: dict = {}
     card: dict = {}                   # what is known about the training, kept in card.json
 
-    def save_pretrained(self, folder, # made if it is not there; files in it are replaced one by one, each at once
+    def save_pretrained(self, folder, # made if it is not there; its files are replaced one by one
                         card:dict|None=None, # how it was trained: data, sigma, seed, results, command
                        ) -> None:
         "Write config.json, model.safetensors, card.json and README.md."
         import json, os
         from pathlib import Path
         from safetensors.torch import save
-        folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+        folder = Path(folder).expanduser(); folder.mkdir(parents=True, exist_ok=True)
         card = self.card if card is None else card
         config = {'_class_name': type(self).__name__, **self.config}
         state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        files = {'model.safetensors': save(state, {'format': 'pt'}), 'config.json': json.dumps(config, indent=2) + '\n',
-                 'card.json': json.dumps(card, indent=2) + '\n', 'README.md': model_card(config, card, sum(p.numel() for p in self.parameters()))}
+        params = sum(p.numel() for p in self.parameters())
+        files = {'model.safetensors': save(state, {'format': 'pt'}),
+                 'config.json': json.dumps(config, indent=2) + '\n',
+                 'card.json': json.dumps(card, indent=2) + '\n',
+                 'README.md': model_card(config, card, params)}
         for name, content in files.items():
             tmp = folder/f'{name}.{os.getpid()}.tmp'
-            tmp.write_bytes(content if isinstance(content, bytes) else content.encode()); os.replace(tmp, folder/name)
+            tmp.write_bytes(content if isinstance(content, bytes) else content.encode())
+            os.replace(tmp, folder/name)
 
     @classmethod
-    def from_pretrained(cls, name,    # a folder, the name of a checkpoint of the book, or `owner/name` on the Hugging Face hub
+    def from_pretrained(cls, name,    # a folder, a checkpoint of the book, or `owner/name` on the hub
                         device='cpu'):
         "Build the model from its config and load its weights, strictly; in eval mode."
-        import json
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
         folder = find_pretrained(name)
-        try: config = json.loads((folder/'config.json').read_text())
-        except FileNotFoundError: raise ValueError(f'name: {folder} holds no config.json; give a folder that save_pretrained wrote') from None
-        except ValueError as e: raise ValueError(f'{folder/"config.json"} is not JSON ({e}); it was damaged or cut off') from None
-        if (kind := config.pop('_class_name', cls.__name__)) != cls.__name__: raise ValueError(f'name: {folder} holds a {kind}, not a {cls.__name__}; call {kind}.from_pretrained')
-        try: state = load_file(folder/'model.safetensors')
-        except (FileNotFoundError, SafetensorError) as e: raise ValueError(f'{folder/"model.safetensors"} cannot be read ({e}); the weights are missing or were cut off') from None
-        model = cls(**config)
+        config, state, card = _read_pretrained(folder, cls.__name__)
+        try: model = cls(**config)
+        except TypeError as e: raise ValueError(f'{folder/"config.json"} does not describe a {cls.__name__} ({e})') from None
+        model.to(next((v.dtype for v in state.values() if v.is_floating_point()), torch.float32))
         load_strictly(model, state, str(folder/'model.safetensors'))
-        if (folder/'card.json').exists(): model.card = json.loads((folder/'card.json').read_text())
+        if card is not None: model.card = card
         return model.to(device).eval()
 
+# %% ../nbs/01_flows.ipynb #b0f53436
+def _read_pretrained(folder, kind:str):
+    "(config, state, card or None) of a model of class `kind`; ValueError names a bad file."
+    import json
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    path, weights, card = folder/'config.json', folder/'model.safetensors', folder/'card.json'
+    try: config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f'name: {folder} holds no config.json; '
+                         'give a folder that save_pretrained wrote') from None
+    except ValueError as e:
+        raise ValueError(f'{path} is not JSON ({e}); it was damaged or cut off') from None
+    if (found := config.pop('_class_name', kind)) != kind:
+        raise ValueError(f'name: {folder} holds a {found}, not a {kind}; call {found}.from_pretrained')
+    try: state = load_file(weights)
+    except (FileNotFoundError, SafetensorError) as e:
+        raise ValueError(f'{weights} cannot be read ({e}); it is missing or was cut off') from None
+    return config, state, json.loads(card.read_text()) if card.exists() else None
+
+# %% ../nbs/01_flows.ipynb #c84ef3ed
 def load_strictly(model:nn.Module, state:dict, source:str) -> None:
     "`load_state_dict`, or a ValueError that names the tensors that are missing, unknown or misshapen."
     own = model.state_dict()
-    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [f'{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}' for k in own.keys() & state.keys() if state[k].shape != own[k].shape]
-    wrong = [f'{what}: {", ".join(names[:4])}{", ..." if len(names) > 4 else ""}' for what, names in (('missing', missing), ('unknown', unknown), ('wrong shape', sorted(shapes))) if names]
+    shapes = lambda k: f'{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}'
+    differ = [k for k in own.keys() & state.keys() if state[k].shape != own[k].shape]
+    kinds = {'missing': own.keys() - state.keys(), 'unknown': state.keys() - own.keys(),
+             'wrong shape': map(shapes, differ)}
+    kinds = {what: sorted(names) for what, names in kinds.items()}
+    few = lambda names: ', '.join(names[:4]) + (', ...' if len(names) > 4 else '')
+    wrong = [f'{what}: {few(names)}' for what, names in kinds.items() if names]
     if wrong: raise ValueError(f'{source} does not fit the model; ' + '; '.join(wrong))
     model.load_state_dict(state)
 
+# %% ../nbs/01_flows.ipynb #b5fc395d
+def weights_folder():
+    "The folder of the small checkpoints that come with the book."
+    from pathlib import Path
+    here = globals().get('__file__') or __import__('flowbook').__file__    # a notebook has no __file__
+    return Path(here).parent/'weights'
+
 def find_pretrained(name):
-    "The folder of a checkpoint: a path, a name in `weights_folder()`, or a download from the hub (config and safetensors only)."
+    "The folder of a checkpoint: a path, one in `weights_folder()`, or a download; ValueError if none."
     import re
     from pathlib import Path
     if Path(name).is_dir(): return Path(name)
     if (weights_folder()/str(name)).is_dir(): return weights_folder()/str(name)
     if re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', str(name)) and not Path(name).parent.exists():
         from huggingface_hub import snapshot_download
-        try: return Path(snapshot_download(str(name), allow_patterns=['config.json', 'card.json', 'model.safetensors']))
-        except Exception as e: raise ValueError(f'name: {name!r} is no folder here, and the Hugging Face hub did not give it ({type(e).__name__}: {e})') from e
-    shipped = sorted(p.name for p in weights_folder().iterdir() if p.is_dir()) if weights_folder().is_dir() else []
-    raise ValueError(f'name: there is no folder {str(name)!r}; give one that save_pretrained wrote, or one of the checkpoints of the book: {", ".join(shipped) or "none are installed"}')
+        wanted = ['config.json', 'card.json', 'model.safetensors']
+        try: return Path(snapshot_download(str(name), allow_patterns=wanted))
+        except Exception as e:
+            raise ValueError(f'name: {name!r} is no folder here, and the Hugging Face hub '
+                             f'did not give it ({type(e).__name__}: {e})') from e
+    shipped = ', '.join(sorted(p.name for p in weights_folder().glob('*') if p.is_dir()))
+    raise ValueError(f'name: there is no folder {str(name)!r}; give one that save_pretrained wrote, '
+                     f'or one of the checkpoints of the book: {shipped or "none are installed"}')
 
+# %% ../nbs/01_flows.ipynb #b51f835c
 def model_card(config:dict, card:dict, params:int) -> str:
     "The README.md of a checkpoint."
-    rows = '\n'.join(f'| {k} | `{v}` |' for k, v in {**config, 'parameters': f'{params:,}', **card}.items())
+    facts = {**config, 'parameters': f'{params:,}', **card}
+    rows = '\n'.join(f'| {k} | `{v}` |' for k, v in facts.items())
     kind = config['_class_name']
     return f"""---
 library_name: flowbook
@@ -424,7 +530,7 @@ license: apache-2.0
 ---
 # {kind}
 
-Made with [flowbook](https://github.com/flowbook/flowbook). Load it with `{kind}.from_pretrained(folder)`.
+Made with flowbook. Load it with `{kind}.from_pretrained(folder)`.
 
 | | |
 |---|---|

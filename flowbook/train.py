@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['keyed_uniform', 'keyed_normal', 'GaussianNoise', 'Dequantize', 'DropLabels', 'NLL', 'NonFiniteLoss', 'cosine', 'ema',
-           'fit', 'adamw', 'guarded_step', 'Meter', 'mean_nll', 'to_bits', 'progress', 'plot_curve', 'live_curve']
+           'fit', 'adamw', 'Kept', 'Meter', 'mean_nll', 'to_bits', 'progress', 'plot_curve', 'live_curve']
 
 # %% ../nbs/02_train.ipynb #4b63e984
 import math, sys, time
@@ -15,61 +15,81 @@ from .data import Batch, batches, keyed
 # %% ../nbs/02_train.ipynb #1c851c37
 # Axis legend of this module: b batch, c h w image.
 
-# %% ../nbs/02_train.ipynb #ea3df018
+# %% ../nbs/02_train.ipynb #1504c7b7
 def keyed_uniform(batch:Batch, shape:tuple, stream:str) -> Tensor: # (b, *shape) in [0, 1)
     "Uniform numbers for each sample of a batch, keyed by (seed, epoch, index)."
-    return torch.stack([torch.from_numpy(keyed(batch.seed, batch.epoch, int(i), stream).random(shape, dtype='float32')) for i in batch.index])
+    rngs = [keyed(batch.seed, batch.epoch, int(i), stream) for i in batch.index]
+    if not rngs: return torch.empty(0, *shape)            # a rank's part of an epoch's last batch can be empty
+    return torch.stack([torch.from_numpy(rng.random(shape, dtype='float32')) for rng in rngs])
 
 def keyed_normal(batch:Batch, shape:tuple, stream:str) -> Tensor: # (b, *shape)
     "Standard normal numbers for each sample of a batch, keyed by (seed, epoch, index)."
-    return torch.stack([torch.from_numpy(keyed(batch.seed, batch.epoch, int(i), stream).standard_normal(shape, dtype='float32')) for i in batch.index])
+    rngs = [keyed(batch.seed, batch.epoch, int(i), stream) for i in batch.index]
+    if not rngs: return torch.empty(0, *shape)            # a rank's part of an epoch's last batch can be empty
+    return torch.stack([torch.from_numpy(rng.standard_normal(shape, dtype='float32')) for rng in rngs])
 
+# %% ../nbs/02_train.ipynb #b670b8c2
 class GaussianNoise:
-    "x + sigma e: the noise augmentation of TARFlow §2.4."
+    "x + sigma e, e standard normal: the noise augmentation of TARFlow §2.4."
     def __init__(self, sigma:float): # standard deviation, in units of images in [-1, 1]
-        if not (sigma >= 0 and math.isfinite(sigma)): raise ValueError(f'sigma: {sigma}; a standard deviation is 0 or more')
+        if not (sigma >= 0 and math.isfinite(sigma)):
+            raise ValueError(f'sigma: {sigma}; a standard deviation is 0 or more')
         self.sigma = sigma
-    def __call__(self, batch): return batch._replace(x=batch.x + self.sigma * keyed_normal(batch, tuple(batch.x.shape[1:]), 'noise')) if self.sigma else batch
+
+    def __call__(self, batch):
+        if not self.sigma: return batch
+        e = keyed_normal(batch, tuple(batch.x.shape[1:]), 'noise')                # (b, c, h, w)
+        return batch._replace(x=batch.x + self.sigma * e)
+
     def __repr__(self): return f'GaussianNoise({self.sigma})'
 
 class Dequantize:
-    "Spread each of `levels` grey levels over its bin of width 2/levels, uniformly; the image of all bins is [-1, 1]."
+    "Spread each grey level uniformly over its bin of width 2/levels in [-1, 1]. TARFlow §2.4."
     def __init__(self, levels:int): # of the dataset: 256 for 8 bits, 17 for the embedded digits
-        if levels < 2: raise ValueError(f'levels: {levels}; an image has 2 levels or more')
+        if not isinstance(levels, int) or levels < 2:
+            raise ValueError(f'levels: {levels}; an image has a whole number of levels, 2 or more')
         self.levels = levels
+
     def __call__(self, batch):
         u = keyed_uniform(batch, tuple(batch.x.shape[1:]), 'noise')
         return batch._replace(x=((self.levels - 1) * (batch.x + 1) / 2 + u) / self.levels * 2 - 1)
     def __repr__(self): return f'Dequantize({self.levels})'
 
+# %% ../nbs/02_train.ipynb #a724acfa
 class DropLabels:
-    "Replace a label by -1 with probability `p`, so that one model learns p(x|y) and p(x). TARFlow §3.2."
+    "Replace a label by -1 with probability `p`: one model learns p(x|y) and p(x). TARFlow §2.6."
     def __init__(self, p:float=.1):
         if not 0 <= p <= 1: raise ValueError(f'p: {p}; a probability lies in 0..1')
         self.p = p
+
     def __call__(self, batch):
-        return batch._replace(y=torch.where(keyed_uniform(batch, (), 'drop') < self.p, -1, batch.y)) if self.p else batch
+        if not self.p: return batch
+        dropped = keyed_uniform(batch, (), 'drop') < self.p                       # (b,)
+        return batch._replace(y=torch.where(dropped, -1, batch.y))
+
     def __repr__(self): return f'DropLabels({self.p})'
 
-# %% ../nbs/02_train.ipynb #b31f52c2
+# %% ../nbs/02_train.ipynb #55dd79fa
 class NLL:
-    "Negative log-likelihood per dimension in nats, constants included: the default objective. TARFlow Eq. 2, 6."
+    "Negative log-likelihood per dimension in nats, constants included. TARFlow Eq. 2, 6."
     def __call__(self, flow:nn.Module, x:Tensor, y:Tensor) -> dict: # leaves gradients in .grad
         loss = -flow.log_prob(x, y if flow.classes else None).mean() / x[0].numel()
         loss.backward()
         return {'loss': loss.detach()}
 
-# %% ../nbs/02_train.ipynb #24cac912
+# %% ../nbs/02_train.ipynb #39f97a9d
 class NonFiniteLoss(RuntimeError):
-    "The loss or its gradient stopped being a number; the flow holds the weights from before that step."
-    def __init__(self, step:int, value:float, grad_norm:float, lr:float):
-        self.step, self.value, self.grad_norm = step, value, grad_norm
+    "The loss or its gradient stopped being a number; the flow holds its last good weights, those after `kept` steps."
+    def __init__(self, step:int, value:float, grad_norm:float, lr:float, kept:int):
+        self.step, self.value, self.grad_norm, self.kept = step, value, grad_norm, kept
         super().__init__(
-            f'the loss of step {step} was {value} (gradient norm {grad_norm}, learning rate {lr:.2g}); the flow keeps its weights from before that step. '
+            f'the loss of step {step} was {value} (gradient norm {grad_norm}, learning rate {lr:.2g}); '
+            f'the flow is back at its weights after {kept} steps, the last on which a report found the loss good. '
             'Try a lower learning rate, a longer warm-up, a smaller clip, or float32 instead of AMP; '
-            'and look at the data of that step: a pixel that is NaN, or a noise so narrow that the density is nearly singular, does this too.')
+            'and look at the data of that step: a pixel that is NaN, or a noise so narrow that '
+            'the density is nearly singular, does this too.')
 
-# %% ../nbs/02_train.ipynb #6f4046b9
+# %% ../nbs/02_train.ipynb #5424c134
 def cosine(step:int,           # 0, 1, ... steps - 1
            steps:int,          # length of the run
            warmup:int=0,       # steps of linear warm-up
@@ -82,10 +102,12 @@ def cosine(step:int,           # 0, 1, ... steps - 1
 
 def ema(flow:nn.Module, decay:float) -> torch.optim.swa_utils.AveragedModel:
     "A moving average of the weights of `flow`, to hand to `fit`; `.module` is the averaged flow."
-    if not 0 <= decay < 1: raise ValueError(f'decay: {decay}; it lies in 0..1, for instance 0.999, and below 1')
-    return torch.optim.swa_utils.AveragedModel(flow, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay))
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+    if not 0 <= decay < 1:
+        raise ValueError(f'decay: {decay}; it lies in 0..1, for instance 0.999, and below 1')
+    return AveragedModel(flow, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
-# %% ../nbs/02_train.ipynb #96c20d8f
+# %% ../nbs/02_train.ipynb #690ebb82
 def fit(flow:nn.Module,       # a Flow (or any module that the objective understands), trained in place
         data,                 # iterable of Batch, or of (x, y); `batches(...)` gives one
         objective=None,       # callable (flow, x, y) -> logs that leaves gradients in .grad; NLL() by default
@@ -100,64 +122,107 @@ def fit(flow:nn.Module,       # a Flow (or any module that the objective underst
         compile:bool=False,   # torch.compile the flow's forward
         every:int=10,         # report every so many steps
         device=None,          # where to train; by default where the flow is
-       ):                     # yields {'step', 'loss', 'lr', 'grad_norm', 'seconds', ...}: means since the last report
-    "Train `flow`: a generator that yields its logs. NonFiniteLoss stops it with the last good weights in place."
-    if steps < 1 or every < 1: raise ValueError(f'steps, every: {steps}, {every} were given; both are 1 or more')
-    if not (lr > 0 and math.isfinite(lr)): raise ValueError(f'lr: {lr}; a learning rate is a positive number')
-    if amp not in ('auto', 'bf16', 'off'): raise ValueError(f"amp: {amp!r}; choose 'auto', 'bf16' or 'off'")
+       ):                     # yields {'step', 'loss', 'lr', 'grad_norm', 'seconds', ...}
+    "Train `flow`, yield mean logs; NonFiniteLoss stops it with the last good weights in place."
+    _check_fit(steps, every, lr, amp, warmup, clip, ema)
     objective = NLL() if objective is None else objective
     device = torch.device(device) if device is not None else next(flow.parameters()).device
     flow.to(device).train()
     if compile: flow.compile()
-    params = [p for m in (flow, objective) if isinstance(m, nn.Module) for p in m.parameters() if p.requires_grad]
-    opt = adamw(params, lr, betas, weight_decay)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=amp == 'bf16' or (amp == 'auto' and device.type == 'cuda' and torch.cuda.is_bf16_supported()))
+    modules = [m for m in (flow, objective) if isinstance(m, nn.Module)]
+    params = [p for m in modules for p in m.parameters() if p.requires_grad]
+    opt, autocast = adamw(params, lr, betas, weight_decay), _autocast(device, amp)
+    kept = Kept([*params, *(ema.module.parameters() if ema is not None else [])])
     meter, bad, start, it = Meter(), torch.zeros((), device=device), time.perf_counter(), iter(data)
     for step in range(1, steps + 1):
-        try: x, y = next(it)[:2]
-        except StopIteration: raise ValueError(f'data: ended after {step - 1} batches, but steps={steps}; batches(..., epochs=None) goes on for ever') from None
+        x, y = _next_batch(it, step, steps)
         for group in opt.param_groups: group['lr'] = lr * schedule(step - 1, steps, warmup)
         opt.zero_grad(set_to_none=True)
-        with autocast: logs = objective(flow, x.to(device, non_blocking=True), y.to(device, non_blocking=True))
+        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        with autocast: logs = objective(flow, x, y)
         norm = nn.utils.clip_grad_norm_(params, math.inf if clip is None else clip)
-        bad = torch.maximum(bad, (~(logs['loss'].isfinite() & norm.isfinite())).float())  # latched, and not read here
-        guarded_step(opt, bad)
-        if ema is not None: ema.update_parameters(flow)
+        finite = logs['loss'].isfinite() & norm.isfinite()
+        bad = torch.maximum(bad, (~finite).float())                       # latched, and not read here
         meter.add(step, bad, {**logs, 'grad_norm': norm})
-        if step % every == 0 or step == steps:
-            log = meter.read(lr=opt.param_groups[0]['lr'])                                # the one wait for the device
-            yield {'step': step, **log, 'lr': opt.param_groups[0]['lr'], 'seconds': time.perf_counter() - start}
+        if report := step % every == 0 or step == steps:
+            now = opt.param_groups[0]['lr']
+            means = meter.read(now, kept)               # the one wait for the device; restores, then raises
+            kept.renew(step - 1)
+        opt.step()
+        if ema is not None: ema.update_parameters(flow)
+        if report: yield {'step': step, **means, 'lr': now, 'seconds': time.perf_counter() - start}
 
-# %% ../nbs/02_train.ipynb #b07b0f77
+# %% ../nbs/02_train.ipynb #250dbdaf
+def _check_fit(steps, every, lr, amp, warmup, clip, ema):
+    "ValueError for arguments that `fit` cannot work with."
+    if steps < 1 or every < 1:
+        raise ValueError(f'steps, every: {steps}, {every} were given; both are 1 or more')
+    if not (lr > 0 and math.isfinite(lr)):
+        raise ValueError(f'lr: {lr}; a learning rate is a positive number')
+    if amp not in ('auto', 'bf16', 'off'):
+        raise ValueError(f"amp: {amp!r}; choose 'auto', 'bf16' or 'off'")
+    if clip is not None and not clip > 0:
+        raise ValueError(f'clip: {clip}; the largest gradient norm is above 0, or None for no clipping')
+    if not 0 <= warmup < max(steps, 2):
+        raise ValueError(f'warmup: {warmup} of {steps} steps; it is 0 or more, and shorter than the run')
+    if ema is not None and not hasattr(ema, 'update_parameters'):
+        raise ValueError(f'ema: {ema!r}; give what ema(flow, decay) returned')
+
+def _autocast(device, amp):
+    "The context in which the objective runs."
+    auto = amp == 'auto' and device.type == 'cuda' and torch.cuda.is_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=amp == 'bf16' or auto)
+
+def _next_batch(it, step, steps):
+    "(x, y) from the data; ValueError where they end too soon."
+    try: return next(it)[:2]
+    except StopIteration:
+        raise ValueError(f'data: ended after {step - 1} batches, but steps={steps}; '
+                         'batches(..., epochs=None) goes on for ever') from None
+
+# %% ../nbs/02_train.ipynb #6e55bea8
 def adamw(params:list, lr:float, betas:tuple, weight_decay:float) -> torch.optim.AdamW:
-    "AdamW in one fused kernel where there is one (CPU and CUDA: it is faster, and can skip a bad step)."
+    "AdamW, in one fused kernel on CPU and CUDA."
     fused = all(p.device.type in ('cpu', 'cuda') for p in params)
     return torch.optim.AdamW(params, lr, betas, weight_decay=weight_decay, fused=fused)
 
-def guarded_step(opt:torch.optim.Optimizer, bad:Tensor) -> None:
-    "`opt.step()`, unless `bad` is 1: decided on the device by a fused optimiser, by looking elsewhere."
-    if getattr(opt, '_step_supports_amp_scaling', False):
-        opt.grad_scale, opt.found_inf = None, bad         # the fused kernel's own switch, made for mixed precision
-        opt.step()
-    elif not bad: opt.step()
+class Kept:
+    "A copy of parameters on which the loss was a number, and after how many steps they were it."
+    def __init__(self, params:list):
+        self.params, self.copy, self.step = params, [p.detach().clone() for p in params], 0
 
+    @torch.no_grad()
+    def renew(self, step:int):
+        for c, p in zip(self.copy, self.params): c.copy_(p)
+        self.step = step
+
+    @torch.no_grad()
+    def restore(self):
+        for c, p in zip(self.copy, self.params): p.copy_(c)
+
+# %% ../nbs/02_train.ipynb #d88d784c
 class Meter:
     "Means of logs between two reports, kept on the device; remembers the first bad step."
     def __init__(self): self.sums, self.count, self.first = {}, 0, None
+
     def add(self, step, bad, logs):
         for k, v in logs.items(): self.sums[k] = self.sums[k] + v if k in self.sums else v.float()
         self.count += 1
         now = torch.stack([torch.full_like(bad, step), logs['loss'].to(bad), logs['grad_norm'].to(bad)])
         if self.first is None: self.first = torch.zeros_like(now)
         self.first = torch.where((bad > 0) & (self.first[0] == 0), now, self.first)
-    def read(self, lr):
-        *sums, step, loss, norm = torch.cat([torch.stack(list(self.sums.values())).to(self.first), self.first]).tolist()
-        if step: raise NonFiniteLoss(int(step), loss, norm, lr)
+
+    def read(self, lr, kept):
+        sums = torch.stack(list(self.sums.values())).to(self.first)
+        *sums, step, loss, norm = torch.cat([sums, self.first]).tolist()  # one crossing for all
+        if step:
+            kept.restore()
+            raise NonFiniteLoss(int(step), loss, norm, lr, kept.step)
         out = {k: s / self.count for k, s in zip(self.sums, sums)}
         self.sums, self.count = {}, 0
         return out
 
-# %% ../nbs/02_train.ipynb #2b9fa849
+# %% ../nbs/02_train.ipynb #ddaaf143
 @torch.no_grad()
 def mean_nll(flow:nn.Module, data,       # a dataset
              transforms=(),              # the noise under which the density is meant
@@ -165,18 +230,20 @@ def mean_nll(flow:nn.Module, data,       # a dataset
              batch_size:int=500, seed:int=1) -> float:
     "Mean negative log-likelihood of a dataset, nats per dimension, constants included."
     device, total, count = next(flow.parameters()).device, 0., 0
-    for b in batches(data, min(batch_size, len(data)), seed=seed, transforms=transforms, epochs=draws, shuffle=False):
-        total -= flow.log_prob(b.x.to(device), b.y.to(device) if flow.classes else None).double().sum().item()
+    size = min(batch_size, len(data))
+    for b in batches(data, size, seed=seed, transforms=transforms, epochs=draws, shuffle=False):
+        log_prob = flow.log_prob(b.x.to(device), b.y.to(device) if flow.classes else None)
+        total -= log_prob.cpu().double().sum().item()    # MPS has no float64
         count += b.x.numel()
     return total / count
 
 def to_bits(nats:float,              # negative log-likelihood per dimension of images in [-1, 1]
             levels:int|None=None     # of the dataset, if the noise was `Dequantize(levels)`
            ) -> float:
-    "Bits per dimension; with `levels`, of the discrete image (a code length: TARFlow §2.4), otherwise of the density itself."
+    "Bits per dimension: with `levels` of the discrete image (TARFlow §2.4), without of the density."
     return nats / math.log(2) + (math.log2(levels / 2) if levels else 0.)
 
-# %% ../nbs/02_train.ipynb #13b8d400
+# %% ../nbs/02_train.ipynb #ee2083e0
 def progress(logs, steps:int, desc:str='', keys=('loss',)):
     "A progress bar that reads `fit(...)` and passes its logs on."
     from tqdm import tqdm
@@ -192,10 +259,12 @@ def plot_curve(history:list,      # logs of `fit`
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(4.5, 2.2))[1]
     for k, style in zip(keys, ('-', '--', ':', '-.')):
-        ax.plot([h['step'] for h in history], [h[k] for h in history], style, color='k' if not label else None, lw=1, label=label or k)
+        steps, values = [h['step'] for h in history], [h[k] for h in history]
+        ax.plot(steps, values, style, color=None if label else 'k', lw=1, label=label or k)
     ax.set(xlabel='step', ylabel='nats a dimension' if keys == ('loss',) else None)
     return ax
 
+# %% ../nbs/02_train.ipynb #83c190f9
 def live_curve(logs, keys=('loss',), seconds:float=1.):
     "A curve in the notebook that redraws itself while it reads `fit(...)`, and passes its logs on."
     import matplotlib.pyplot as plt

@@ -38,8 +38,12 @@ def test_help():
     assert '--image-size' in demo('--help', cwd='.').stdout
 
 
-def test_installed_as_a_command():
-    assert shutil.which('flowbook_demo', path=str(Path(sys.executable).parent)), 'pip install -e . makes flowbook_demo'
+@pytest.mark.parametrize('command', [['flowbook_demo', '--steps', '1'], ['flowbook_demo', '--help'], ['flowbook_remake', '--list'], ['flowbook_experiment', '--list'], ['flowbook_book', '--help']])
+def test_installed_commands_succeed_with_status_zero(command, tmp_path):
+    path = shutil.which(command[0], path=str(Path(sys.executable).parent))
+    assert path, f'pip install -e . makes {command[0]}'
+    r = subprocess.run([path, *command[1:]], capture_output=True, text=True, cwd=tmp_path if 'demo' in command[0] else None)
+    assert r.returncode == 0 and 'Traceback' not in r.stderr, r.stdout + r.stderr
 
 
 def test_a_users_own_folder(tmp_path):
@@ -62,10 +66,12 @@ def test_nothing_is_overwritten(tmp_path):
 @pytest.mark.parametrize('argv,says', [
     (['--data', 'digit'], "did you mean 'digits'"), (['--data', 'folder'], 'needs --root'), (['--data', 'folder', '--root', 'nowhere', '--image-size', '8'], 'nowhere'),
     (['--patch-size', '3'], 'does not divide'), (['--sigma', '-1'], 'standard deviation'), (['--device', 'abacus'], 'auto or cpu'),
-    (['--steps', '-5'], 'steps'), (['--lr', '0'], 'lr'), (['--batch-size', '0'], 'batch'), (['--dim', '50', '--layers', '0'], 'layers')])
+    (['--steps', '-5'], 'steps'), (['--steps', '0'], 'steps'), (['--lr', '0'], 'lr'), (['--batch-size', '0'], 'batch'), (['--dim', '50', '--layers', '0'], 'layers'),
+    (['--image-size', '7'], 'one patch'), (['--threads', '-1'], 'threads'), (['--out', 'pytest.ini/x'], '--out')])
 def test_mistakes_end_with_a_sentence(argv, says, tmp_path):
-    r = demo(*argv, '--out', 'never', cwd=tmp_path, ok=False)
-    assert says in r.stderr and 'Traceback' not in r.stderr and not (tmp_path/'never').exists()
+    (tmp_path/'pytest.ini').write_text('a file, not a folder')
+    r = demo('--out', 'never', *argv, cwd=tmp_path, ok=False)
+    assert says in r.stderr and 'Traceback' not in r.stderr and 'step' not in r.stdout.replace('steps', '') and not (tmp_path/'never').exists()
 
 
 def test_a_broken_image_is_named(tmp_path):
@@ -88,7 +94,7 @@ def test_interrupting_keeps_what_was_learned(tmp_path):
 
 @pytest.mark.slow
 def test_the_main_job(tmp_path):
-    "One seed of three in CI (all three stand in chapter 04's results): legible digits, little memory."
+    "One seed of three in CI (all three stand in nbs/results/demo.laptop.json): legible digits, little memory."
     r = subprocess.run([sys.executable, '-c', f'''
 import resource, subprocess, sys, time
 t = time.time(); code = subprocess.call([sys.executable, "-m", "flowbook.scripts.demo", "--seed", "0", "--out", "out"], stdout=sys.stderr)

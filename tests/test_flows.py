@@ -98,7 +98,8 @@ def test_a_wrong_flow_is_caught():
 
 def test_save_and_load(tmp_path):
     for kind in ('nvp', 'vp', 'coupling'):
-        flow = shake(TarFlow((4, 6), 3, 2, 16, 2, (1, 2), 8, classes=3, kind=kind, orders=['reverse', [0, 2, 4, 1, 3, 5]]))
+        orders = ['reverse', 'forward' if kind == 'coupling' else torch.tensor([0, 2, 4, 1, 3, 5])]
+        flow = shake(TarFlow((4, 6), 3, 2, 16, 2, (1, 2), 8, classes=3, kind=kind, orders=orders))
         flow.save_pretrained(tmp_path/kind, card={'seed': 7})
         again = TarFlow.from_pretrained(tmp_path/kind)
         x, y = torch.randn(2, 3, 4, 6), torch.tensor([0, -1])
@@ -132,3 +133,74 @@ def test_a_pickle_is_never_opened(tmp_path):
     (tmp_path/'m'/'model.safetensors').rename(tmp_path/'m'/'pytorch_model.bin')
     with pytest.raises(ValueError, match='cannot be read'): TarFlow.from_pretrained(tmp_path/'m')
     assert not (tmp_path/'owned').exists()
+
+
+FLOWS = {'coupling': lambda: RealNVP(4, 8, classes=3), 'MAF': lambda: MAF(4, 8, classes=3), 'TARFlow': lambda: TarFlow(4, 1, 2, 16, 2, 1, 8, classes=3),
+         'TARFlow, coupling': lambda: TarFlow(4, 1, 2, 16, 2, 1, 8, classes=3, kind='coupling')}
+
+
+@pytest.mark.parametrize('name', FLOWS)
+@pytest.mark.parametrize('y', [torch.tensor([1]), torch.tensor([0, 1, 2]), torch.full((1, 3), 1 / 3), torch.rand(6, 2), torch.tensor([0, 1, 2, 3, 0, 0]),
+                               torch.tensor([0, 1, 2, -2, 0, 0]), torch.ones(6), torch.ones(6, dtype=torch.bool), torch.tensor(1), [0] * 6, 'seven', 1],
+                         ids=lambda y: str(tuple(y.shape)) if isinstance(y, torch.Tensor) else repr(y))
+def test_labels_that_do_not_fit_are_refused_and_never_broadcast(name, y):
+    flow = shake(FLOWS[name]())
+    x = torch.randn(6, *getattr(flow, 'image_shape', (4,)))
+    for call in (lambda: flow(x, y), lambda: flow.inverse(torch.randn(6, *flow.z_shape), y)):
+        with pytest.raises(ValueError, match='^y: '): call()
+
+
+@pytest.mark.parametrize('name', FLOWS)
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.int32, torch.int64])
+def test_labels_of_any_integer_type(name, dtype):
+    flow = shake(FLOWS[name]())
+    x, y = torch.randn(3, *getattr(flow, 'image_shape', (4,))), torch.tensor([0, 1, 2])
+    assert torch.equal(flow.log_prob(x, y.to(dtype)), flow.log_prob(x, y))
+
+
+@pytest.mark.parametrize('tau', [0, -1., float('nan'), float('inf')])
+def test_a_temperature_is_above_zero(tau):
+    block = TarFlow(4, 1, 2, 16, 1, 1, 8).blocks[0]
+    from flowbook.tarflow import KVCache
+    with pytest.raises(ValueError, match='tau'): block.params(torch.zeros(1, 4, 4), tau=tau)
+    with pytest.raises(ValueError, match='tau'): block.step(torch.zeros(1, 4), 1, KVCache(), tau=tau)
+    with pytest.raises(ValueError, match='positions 0..3'): block.step(torch.zeros(1, 4), 4, KVCache())
+
+
+def test_a_chain_keeps_its_prior_and_its_classes():
+    from flowbook.flows import Chain
+    flow = TarFlow(2, 1, 1, 8, 1, 1, 8, kind='vp')
+    with torch.no_grad(): flow.log_prior_var.fill_(2.)
+    x = torch.zeros(1, 1, 2, 2)
+    assert torch.equal(Chain(flow).log_prob(x), flow.log_prob(x))
+    with pytest.raises(ValueError, match='classes'): Chain(MAF(2, 8), MAF(2, 8, classes=3))
+
+
+def test_masks_and_orders_that_cannot_be_inverted_are_refused():
+    from flowbook.flows import MADE, Autoregressive, Coupling
+    with pytest.raises(ValueError, match='keep'): Coupling(torch.tensor([1, 0]), 8)
+    with pytest.raises(ValueError, match='order'): Autoregressive(MADE(torch.arange(2), 8), torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match='orders'): TarFlow(4, 1, 2, 16, 2, 1, 8, kind='coupling', orders=[[0, 1, 2, 3], 'reverse'])
+
+
+@pytest.mark.parametrize('hidden', [3, 8, 40])
+def test_a_narrow_made_still_reads_all_coordinates_before(hidden):
+    from flowbook.flows import MADE, jacobian, Autoregressive
+    d, order = 9, torch.arange(9)
+    net = shake(MADE(order, hidden, layers=1), .5).double()
+    x = torch.randn(4, d, dtype=torch.float64) * 3
+    used = jacobian(Autoregressive(net, order), x).abs().amax(0) > 0
+    assert used[-1, 0] and used[-1, d - 2] and used[1, 0] and not used.triu(1).any()
+
+
+def test_precision_survives_saving(tmp_path):
+    flow = shake(TarFlow(4, 1, 2, 16, 1, 1, 8)).double()
+    flow.save_pretrained(tmp_path)
+    x = torch.randn(2, 1, 4, 4, dtype=torch.float64)
+    assert torch.equal(TarFlow.from_pretrained(tmp_path).log_prob(x), flow.log_prob(x))
+
+
+def test_a_half_precision_model_still_adds_up_in_float32():
+    x = torch.rand(1, 3, 160, 160)
+    flow = TarFlow(160, 3, 16, 32, 1, 1, 32)
+    assert abs(flow.half().log_prob(x.half()).item() - flow.float().log_prob(x).item()) < 5
