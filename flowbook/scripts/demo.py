@@ -191,6 +191,6 @@ def demo_experiment(seed, budget):
     keys = 'agreement', 'train_bits_per_dim', 'test_bits_per_dim', 'parameters', 'seconds'
     return {k: report[k] for k in keys}
 
-# %% ../../nbs/16_demo.ipynb #519b9be2
+# %% ../../nbs/16_demo.ipynb #01f82bb3
 #| eval: false
-if __name__ == '__main__': cli()
+if __name__ == '__main__' and '__file__' in globals(): cli()

@@ -101,6 +101,6 @@ def main(argv=None) -> int:
         return 130
     return int(any(v.state == 'failed' for v in verdicts(record).values()))
 
-# %% ../../nbs/16_experiment.ipynb #7769cdec
+# %% ../../nbs/16_experiment.ipynb #4098bf5a
 #| eval: false
-if __name__ == '__main__': sys.exit(main())
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

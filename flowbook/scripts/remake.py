@@ -47,6 +47,6 @@ def cli() -> None:
     try: main()
     except (ValueError, OSError) as e: sys.exit(f'flowbook_remake: {e}')
 
-# %% ../../nbs/16_remake.ipynb #519b9be2
+# %% ../../nbs/16_remake.ipynb #01f82bb3
 #| eval: false
-if __name__ == '__main__': cli()
+if __name__ == '__main__' and '__file__' in globals(): cli()
