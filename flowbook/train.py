@@ -107,7 +107,7 @@ def ema(flow:nn.Module, decay:float) -> torch.optim.swa_utils.AveragedModel:
         raise ValueError(f'decay: {decay}; it lies in 0..1, for instance 0.999, and below 1')
     return AveragedModel(flow, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
-# %% ../nbs/02_train.ipynb #690ebb82
+# %% ../nbs/02_train.ipynb #13ea80a9
 def fit(flow:nn.Module,       # a Flow (or any module that the objective understands), trained in place
         data,                 # iterable of Batch, or of (x, y); `batches(...)` gives one
         objective=None,       # callable (flow, x, y) -> logs that leaves gradients in .grad; NLL() by default
@@ -133,7 +133,7 @@ def fit(flow:nn.Module,       # a Flow (or any module that the objective underst
     params = [p for m in modules for p in m.parameters() if p.requires_grad]
     opt, autocast = adamw(params, lr, betas, weight_decay), _autocast(device, amp)
     kept = Kept([*params, *(ema.module.parameters() if ema is not None else [])])
-    meter, bad, start, it = Meter(), torch.zeros((), device=device), time.perf_counter(), iter(data)
+    meter, start, it = Meter(), time.perf_counter(), iter(data)
     for step in range(1, steps + 1):
         x, y = _next_batch(it, step, steps)
         for group in opt.param_groups: group['lr'] = lr * schedule(step - 1, steps, warmup)
@@ -141,9 +141,7 @@ def fit(flow:nn.Module,       # a Flow (or any module that the objective underst
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         with autocast: logs = objective(flow, x, y)
         norm = nn.utils.clip_grad_norm_(params, math.inf if clip is None else clip)
-        finite = logs['loss'].isfinite() & norm.isfinite()
-        bad = torch.maximum(bad, (~finite).float())                       # latched, and not read here
-        meter.add(step, bad, {**logs, 'grad_norm': norm})
+        meter.add(step, {**logs, 'grad_norm': norm})
         if report := step % every == 0 or step == steps:
             now = opt.param_groups[0]['lr']
             means = meter.read(now, kept)               # the one wait for the device; restores, then raises
@@ -200,17 +198,19 @@ class Kept:
     def restore(self):
         for c, p in zip(self.copy, self.params): p.copy_(c)
 
-# %% ../nbs/02_train.ipynb #d88d784c
+# %% ../nbs/02_train.ipynb #0fd72a89
 class Meter:
     "Means of logs between two reports, kept on the device; remembers the first bad step."
     def __init__(self): self.sums, self.count, self.first = {}, 0, None
 
-    def add(self, step, bad, logs):
+    def add(self, step, logs):
         for k, v in logs.items(): self.sums[k] = self.sums[k] + v if k in self.sums else v.float()
         self.count += 1
-        now = torch.stack([torch.full_like(bad, step), logs['loss'].to(bad), logs['grad_norm'].to(bad)])
+        loss, norm = logs['loss'].float(), logs['grad_norm'].float()
+        now = torch.stack([torch.full_like(loss, step), loss, norm])
         if self.first is None: self.first = torch.zeros_like(now)
-        self.first = torch.where((bad > 0) & (self.first[0] == 0), now, self.first)
+        fine = loss.isfinite() & norm.isfinite()
+        self.first = torch.where(fine | (self.first[0] > 0), self.first, now)     # latched, and not read here
 
     def read(self, lr, kept):
         sums = torch.stack(list(self.sums.values())).to(self.first)

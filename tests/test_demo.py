@@ -92,6 +92,23 @@ def test_interrupting_keeps_what_was_learned(tmp_path):
     assert TarFlow.from_pretrained(tmp_path/'out'/'checkpoint').card['note'].startswith('stopped by hand')
 
 
+def test_broken_samples_count_as_no_digits():
+    "A flow that overflows must not cost its checkpoint: the judge counts, it does not stop."
+    from flowbook.scripts.demo import judge_samples
+    class Overflows:
+        share = 1.
+        def sample(self, y, generator=None):
+            x = torch.zeros(len(y), 1, 8, 8)
+            x[:int(self.share * len(y))] = float('nan')
+            return x
+    flow = Overflows()
+    assert judge_samples(flow, 0) == 0.
+    flow.share = .5
+    broken = judge_samples(flow, 0)
+    flow.share = 0.
+    assert 0 < broken < judge_samples(flow, 0)               # the same blank digits, half of them lost
+
+
 @pytest.mark.slow
 def test_the_main_job(tmp_path):
     "One seed of three in CI (all three stand in nbs/results/demo.laptop.json): legible digits, little memory."
