@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from flowbook.data import load
 from flowbook.tarflow import TarFlow
 
 SCRIPT = [sys.executable, '-m', 'flowbook.scripts.demo']
@@ -38,7 +39,7 @@ def test_help():
     assert '--image-size' in demo('--help', cwd='.').stdout
 
 
-@pytest.mark.parametrize('command', [['flowbook_demo', '--steps', '1'], ['flowbook_demo', '--help'], ['flowbook_remake', '--list'], ['flowbook_experiment', '--list'], ['flowbook_book', '--help']])
+@pytest.mark.parametrize('command', [['flowbook_demo', '--steps', '1'], ['flowbook_demo', '--help'], ['flowbook_remake', '--list'], ['flowbook_experiment', '--list'], ['flowbook_book', '--help'], ['flowbook_evaluate', '--help'], ['flowbook_fid_stats', '--help']])
 def test_installed_commands_succeed_with_status_zero(command, tmp_path):
     path = shutil.which(command[0], path=str(Path(sys.executable).parent))
     assert path, f'pip install -e . makes {command[0]}'
@@ -101,12 +102,12 @@ def test_broken_samples_count_as_no_digits():
             x = torch.zeros(len(y), 1, 8, 8)
             x[:int(self.share * len(y))] = float('nan')
             return x
-    flow = Overflows()
-    assert judge_samples(flow, 0) == 0.
+    flow, train = Overflows(), load('digits')
+    assert judge_samples(flow, train, 0) == {'agreement': 0.}
     flow.share = .5
-    broken = judge_samples(flow, 0)
+    broken = judge_samples(flow, train, 0)
     flow.share = 0.
-    assert 0 < broken < judge_samples(flow, 0)               # the same blank digits, half of them lost
+    assert 0 < broken['agreement'] < judge_samples(flow, train, 0)['agreement'] and broken['broken'] == 500              # the same blank digits, half of them lost
 
 
 @pytest.mark.slow

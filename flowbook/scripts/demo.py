@@ -6,18 +6,18 @@
 __all__ = ['arguments', 'pick_device', 'pick_patch', 'fresh_folder', 'main', 'cli', 'run', 'keep', 'affordable_steps',
            'judge_samples', 'draw_loss', 'judge_demo', 'demo_experiment']
 
-# %% ../../nbs/16_demo.ipynb #fd15a8b7
+# %% ../../nbs/16_demo.ipynb #a8fb2158
 import argparse, contextlib, io, json, math, os, sys, tempfile, time
 from pathlib import Path
 import torch
 from ..data import batches, Flip, load, save_images
 from ..evidence import Verdict, experiment, summary
-from ..metrics import agreement, digit_classifier
+from ..metrics import METRICS, agreement, digit_classifier, evaluate
 from ..tarflow import TarFlow
 from ..train import (DropLabels, GaussianNoise, NonFiniteLoss,
                             fit, mean_nll, plot_curve, progress, to_bits)
 
-# %% ../../nbs/16_demo.ipynb #6abd8490
+# %% ../../nbs/16_demo.ipynb #f19236f5
 def arguments(argv=None) -> argparse.Namespace:
     "The command line of `flowbook_demo`."
     p = argparse.ArgumentParser(
@@ -44,7 +44,7 @@ def arguments(argv=None) -> argparse.Namespace:
         help='folder for samples.png, loss.png, checkpoint/, report.json; a number is added if it is taken')
     return p.parse_args(argv)
 
-# %% ../../nbs/16_demo.ipynb #a94cd897
+# %% ../../nbs/16_demo.ipynb #9afc49d6
 def pick_device(name:str) -> torch.device:
     "`auto`: the GPU if there is one. ValueError if the device is not to be had."
     if name == 'auto':
@@ -67,7 +67,7 @@ def fresh_folder(out:str) -> Path:
     names = [out, *(Path(f'{out}-{i}') for i in range(2, 10_000))]
     return next(f for f in names if not f.exists() or (f.is_dir() and not any(f.iterdir())))
 
-# %% ../../nbs/16_demo.ipynb #88632e7a
+# %% ../../nbs/16_demo.ipynb #06038890
 def main(argv=None) -> dict:
     "Train, measure, draw, keep. Returns the report that it also writes."
     a = arguments(argv)
@@ -127,7 +127,7 @@ def run(a:argparse.Namespace) -> dict:
               'steps': history[-1]['step'] if history else 0, 'parameters': size, 'device': str(device)}
     return keep(flow.eval(), a, report, train, test, noise, history, problem, seconds)
 
-# %% ../../nbs/16_demo.ipynb #55bdec76
+# %% ../../nbs/16_demo.ipynb #4b666e44
 def keep(flow, a, report:dict, train, test, noise, history, problem, seconds:float) -> dict:
     "Measure the trained flow; write samples, loss curve, checkpoint and report. Returns the report."
     bits = lambda data: to_bits(mean_nll(flow, data, noise, batch_size=250))
@@ -137,7 +137,7 @@ def keep(flow, a, report:dict, train, test, noise, history, problem, seconds:flo
     y = torch.arange(min(flow.classes, 10)).repeat_interleave(10)
     samples = flow.sample(y, generator=torch.Generator().manual_seed(a.seed)).cpu()
     save_images(samples, out/'samples.png', nrow=10)
-    if a.data == 'digits' and flow.image_shape == (1, 8, 8): report['agreement'] = judge_samples(flow, a.seed)
+    if a.data == 'digits' and flow.image_shape == (1, 8, 8): report |= judge_samples(flow, train, a.seed)
     if problem: report['note'] = problem
     draw_loss(history, out/'loss.png')
     flow.save_pretrained(out/'checkpoint', card={**report, 'class_names': list(train.classes)})
@@ -147,13 +147,16 @@ def keep(flow, a, report:dict, train, test, noise, history, problem, seconds:flo
           f'test {report["test_bits_per_dim"]:.3f} bits/dim; '
           f'{report["parameters"]:,} parameters; {seconds:.0f} s')
     if 'agreement' in report:
-        print(f'judge   agrees with the asked class on {report["agreement"]:.1%} of 500 samples (chance 10%)')
+        print(f'judge   agrees with the asked class on {report["agreement"]:.1%} of 1,000 samples (chance 10%)')
+    if 'fid' in report:
+        print(f'metrics FID {report["fid"]:.1f}, sFID {report["sfid"]:.1f}, precision {report["precision"]:.2f}, recall '
+              f'{report["recall"]:.2f} against the training digits, by the features of the judge (chapter 05)')
     print(f'wrote   {out/"samples.png"} (one row a class), {out/"loss.png"}, {out/"checkpoint"}: '
           f'TarFlow.from_pretrained({str(out/"checkpoint")!r})')
     print('next    jupyter lab nbs        opens the book; start with nbs/index.ipynb')
     return report
 
-# %% ../../nbs/16_demo.ipynb #36e42a72
+# %% ../../nbs/16_demo.ipynb #4503768e
 def affordable_steps(flow, stream, lr:float, seconds:float=100., most:int=1000) -> int:
     "How many steps fit into `seconds`, from the median of five on a copy; at least 50."
     import copy
@@ -161,13 +164,15 @@ def affordable_steps(flow, stream, lr:float, seconds:float=100., most:int=1000) 
     step = sorted(b - a for a, b in zip(times[1:], times[2:]))[2]
     return max(50, min(most, int(seconds / step)))
 
-def judge_samples(flow, seed:int, n:int=500) -> float:
-    "Agreement of the book's judge with the class that was asked for, over `n` unguided samples."
+def judge_samples(flow, train, seed:int, n:int=1000) -> dict:
+    "What the book's judge says of `n` unguided samples: agreement with the class asked for, and its metrics."
     y = torch.arange(n) % 10
     samples = flow.sample(y, generator=torch.Generator().manual_seed(seed + 1)).cpu()
     whole = samples.isfinite().flatten(1).all(1)           # a broken sample is no digit: it counts as a no
-    if not whole.any(): return 0.
-    return round(agreement(digit_classifier(), samples[whole], y[whole]) * whole.float().mean().item(), 4)
+    if whole.sum() < 10: return {'agreement': 0.}
+    right = agreement(digit_classifier(), samples[whole], y[whole]) * whole.float().mean().item()
+    seen = evaluate(samples, train, METRICS, 'digits', on_broken='drop')
+    return {'agreement': round(right, 4), **{k: round(v, 4) for k, v in seen.items()}}
 
 def draw_loss(history:list, path:Path) -> None:
     "The curve of the training loss as a PNG."
@@ -175,7 +180,7 @@ def draw_loss(history:list, path:Path) -> None:
     ax = (fig := Figure(figsize=(5, 2.6), dpi=100, layout='constrained')).subplots()
     plot_curve(history, ax=ax); ax.set_title('training loss'); fig.savefig(path)
 
-# %% ../../nbs/16_demo.ipynb #f5c0b488
+# %% ../../nbs/16_demo.ipynb #0d4a5261
 def judge_demo(results):                 # what `demo_experiment` returned, seed by seed
     "The verdict on the promise of the demonstration."
     s = summary([r['agreement'] for r in results])
@@ -186,13 +191,13 @@ def judge_demo(results):                 # what `demo_experiment` returned, seed
 @experiment('demo', claims=('the main job',), title='flowbook_demo draws digits that a classifier recognises',
             verdict=judge_demo, seeds={'smoke': 1, 'laptop': 3}, config={'smoke': {'steps': 20}, 'laptop': {'steps': 1000}})
 def demo_experiment(seed, budget):
-    "The demonstration at one seed: agreement, bits/dim and seconds."
+    "The demonstration at one seed: agreement, metrics, bits/dim and seconds."
     steps = {'smoke': 20, 'laptop': 1000}[budget]
     with tempfile.TemporaryDirectory() as tmp, contextlib.redirect_stdout(io.StringIO()):
         report = main(['--seed', str(seed), '--steps', str(steps), '--device', 'cpu', '--out', f'{tmp}/demo'])
-    keys = 'agreement', 'train_bits_per_dim', 'test_bits_per_dim', 'parameters', 'seconds'
+    keys = 'agreement', *METRICS, 'clipped', 'broken', 'train_bits_per_dim', 'test_bits_per_dim', 'parameters', 'seconds'
     return {k: report[k] for k in keys}
 
-# %% ../../nbs/16_demo.ipynb #01f82bb3
+# %% ../../nbs/16_demo.ipynb #83a50169
 #| eval: false
 if __name__ == '__main__' and '__file__' in globals(): cli()
