@@ -6,7 +6,7 @@
 __all__ = ['NAMES', 'parser', 'draw', 'bits', 'main', 'judged', 'table', 'cli']
 
 # %% ../../nbs/16_evaluate.ipynb #3048aeab
-import argparse, json, math, sys, time
+import argparse, json, sys, time
 import torch
 from torch import distributed as dist
 from ..data import load, save_images

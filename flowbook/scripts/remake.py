@@ -5,17 +5,20 @@
 # %% auto #0
 __all__ = ['RECIPES', 'main', 'cli']
 
-# %% ../../nbs/16_remake.ipynb #0ce0987e
+# %% ../../nbs/16_remake.ipynb #18cc92db
 import argparse, json, sys, time
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from ..flows import weights_folder
 from ..metrics import train_digit_classifier
+from ..noise import FLOWS, train_flow
 
-RECIPES = {'digits-classifier': (
-    train_digit_classifier, 'the judge of the samples of digits, about a minute')}
+RECIPES = {'digits-classifier': (train_digit_classifier, 'the judge of the samples of digits, about a minute')}
+RECIPES |= {name: (partial(train_flow, name), f'TARFlow on {c["data"]}, noise {c["sigma"]}, '
+                   f'{"with" if c["classes"] else "without"} classes, {c.get("minutes", 2)} minutes') for name, c in FLOWS.items()}
 
-# %% ../../nbs/16_remake.ipynb #7a2d3ff1
+# %% ../../nbs/16_remake.ipynb #9e38a6ee
 def main(argv=None) -> dict:
     "Make a checkpoint again and print its card beside that of the shipped one. Returns the card."
     p = argparse.ArgumentParser('flowbook_remake', description='Make a checkpoint of the book again.')
@@ -47,6 +50,6 @@ def cli() -> None:
     try: main()
     except (ValueError, OSError) as e: sys.exit(f'flowbook_remake: {e}')
 
-# %% ../../nbs/16_remake.ipynb #01f82bb3
+# %% ../../nbs/16_remake.ipynb #ab43587f
 #| eval: false
 if __name__ == '__main__' and '__file__' in globals(): cli()
