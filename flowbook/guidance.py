@@ -4,24 +4,24 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'constant', 'linear', 'Guidance', 'check_weight', 'ClassGuidance', 'inverse_blocks', 'inverse_block',
-           'guided_inverse', 'guided_sample', 'TemperatureGuidance', 'StarGuidance', 'score_guidance',
-           'judge_guidance_sweep', 'guidance_sweep']
+           'guided_inverse', 'guided_sample', 'judge_trajectory', 'trajectory_states', 'TemperatureGuidance',
+           'StarGuidance', 'score_guidance', 'judge_guidance_sweep', 'guidance_sweep']
 
-# %% ../nbs/08_guidance.ipynb #a23c3ba7
+# %% ../nbs/08_guidance.ipynb #cc686c3c
 import math
 import torch
 from torch import Tensor
 from .data import load, unpatchify
 from .denoise import SWEEP, denoise, score, train_for_sweep
-from .evidence import EXPERIMENTS, all_of, experiment, lower
+from .evidence import EXPERIMENTS, all_of, experiment, identity, lower
 from .flows import Flow, check_y, unaffine
 from .metrics import collect, evaluate
 from .tarflow import KVCache, TarFlow, check_tau
 
-# %% ../nbs/08_guidance.ipynb #4b8108a6
+# %% ../nbs/08_guidance.ipynb #0257cf18
 # Axis legend of this module: b batch, n tokens, d numbers in a token, c h w image, t block (counted from 1), i reading position (from 0).
 
-# %% ../nbs/08_guidance.ipynb #3a4e3e4d
+# %% ../nbs/08_guidance.ipynb #9ef220f1
 def constant(i, n:int):                  # reading position(s), tokens -> share of w
     "The same weight at all positions."
     return 1.
@@ -45,7 +45,7 @@ class Guidance:
         "The guided (mu, alpha) at reading position(s) i of n."
         return cond
 
-# %% ../nbs/08_guidance.ipynb #61d475a4
+# %% ../nbs/08_guidance.ipynb #5804caa9
 def check_weight(w, schedule) -> None:
     "ValueError for a weight that is no number of 0 or more, or a schedule that is neither a name nor a function."
     if isinstance(w, bool) or not isinstance(w, (int, float)) or not 0 <= w < math.inf:
@@ -72,7 +72,7 @@ class ClassGuidance(Guidance):
 
     def __repr__(self): return f'{type(self).__name__}({self.w}, {self.schedule.__name__})'
 
-# %% ../nbs/08_guidance.ipynb #c79d7b0f
+# %% ../nbs/08_guidance.ipynb #b5e3f904
 def inverse_blocks(flow:TarFlow, z:Tensor, y=None, guidance:Guidance=None): # z (b, n, d)
     "Invert block after block, the last first: yields (t, tokens entering block t (b, n, d)). TARFlow Eq. 4, 9."
     guidance = Guidance() if guidance is None else guidance
@@ -111,7 +111,29 @@ def guided_sample(flow:TarFlow, n_or_y, guidance:Guidance=None, generator=None) 
     z = flow.draw(n_or_y if y is None else len(y), generator)
     return guided_inverse(flow, z, None if y is None else y.to(z.device), guidance)
 
-# %% ../nbs/08_guidance.ipynb #7bdcacdb
+# %% ../nbs/08_guidance.ipynb #861c4d90
+def judge_trajectory(results):
+    "The verdict on T17."
+    worst = lambda k: max(r[k] for r in results)
+    return {'T17': all_of(identity(worst('end'), 0., 'end of the trajectory against the inverse'),
+                          identity(worst('steps'), 1e-8, 'each block, run forward, leads back to the state before'))}
+
+@experiment('trajectory', claims=('T17',), verdict=judge_trajectory, seeds={'smoke': 1, 'laptop': 3}, title='the sampling trajectory, block by block',
+            config={'smoke': {'samples': 2, 'checkpoint': 'digits-0.1'}, 'laptop': {'samples': 20, 'checkpoint': 'digits-0.1'}})
+def trajectory_states(seed, budget):
+    "T17: what the blocks leave behind is a path that the forward direction retraces, in float64."
+    c = EXPERIMENTS['trajectory'].config[budget]
+    flow, y = TarFlow.from_pretrained(c['checkpoint']).double(), torch.arange(c['samples']) % 10
+    with torch.no_grad():
+        before = z = flow.draw(c['samples']).double()
+        steps, spread = 0., []
+        for t, x in inverse_blocks(flow, z, y):
+            steps, before = max(steps, (flow.blocks[t - 1](x, y)[0] - before).abs().max().item()), x
+            spread.append(x.std().item())
+        end = (unpatchify(x, flow.patch_size, flow.image_shape) - flow.inverse(z, y)).abs().max().item()
+    return {'end': end, 'steps': steps, 'spread': spread}
+
+# %% ../nbs/08_guidance.ipynb #9eae03c3
 class TemperatureGuidance(Guidance):
     "Away from the prediction of the same network with its attention at temperature tau. TARFlow Eq. 11."
     def __init__(self, w:float, tau:float, schedule='constant'):
@@ -126,7 +148,7 @@ class TemperatureGuidance(Guidance):
         return tuple(c + w * (c - u) for c, u in zip(cond, uncond))
     def __repr__(self): return f'TemperatureGuidance({self.w}, {self.tau}, {self.schedule.__name__})'
 
-# %% ../nbs/08_guidance.ipynb #3d11bf28
+# %% ../nbs/08_guidance.ipynb #e7d3790a
 class StarGuidance(ClassGuidance):
     "The product of Gaussians p_c^(1+w) / p_u^w, in the deep block T (or in all). STARFlow; SimFlow §4.4."
     def __init__(self, w:float, schedule='constant', everywhere:bool=False):
@@ -141,7 +163,7 @@ class StarGuidance(ClassGuidance):
         share = 1 + w - w * s
         return ((1 + w) * mu_c - w * s * mu_u) / share, alpha_c - .5 * torch.as_tensor(share).log()
 
-# %% ../nbs/08_guidance.ipynb #9915c489
+# %% ../nbs/08_guidance.ipynb #a21fb977
 def score_guidance(flow:Flow, x:Tensor, y, # (b, ...) samples and their labels
                    gamma:float) -> Tensor:  # length of the step: 0.25 in SimFlow, on latents of variance near 1
     "x + gamma (grad log p(x|y) - grad log p(x)). SimFlow Eq. 6."
@@ -152,7 +174,7 @@ def score_guidance(flow:Flow, x:Tensor, y, # (b, ...) samples and their labels
     if not gamma: return x
     return x + gamma * (score(flow, x, y) - score(flow, x))
 
-# %% ../nbs/08_guidance.ipynb #0548547f
+# %% ../nbs/08_guidance.ipynb #e1b3f5cf
 def judge_guidance_sweep(results):
     "The verdicts on T10, T11, T12: settings were chosen on other samples than they are judged on."
     get = lambda *keys: [_at(r['judged'], keys) for r in results]
@@ -166,7 +188,7 @@ def _at(d, keys):
     for k in keys: d = d[k]
     return d
 
-# %% ../nbs/08_guidance.ipynb #2c8f049f
+# %% ../nbs/08_guidance.ipynb #c8a7b1e0
 @experiment('guidance_sweep', claims=('T10', 'T11', 'T12'), verdict=judge_guidance_sweep, seeds={'smoke': 1, 'laptop': 3},
             title='guidance: FID, precision and recall over w, schedule and temperature',
             config={'smoke': {**SWEEP, 'steps': 5, 'noise': '0.1', 'samples': 40, 'ws': [.5, 4.], 'taus': [2.]},

@@ -4,21 +4,23 @@
 
 # %% auto #0
 __all__ = ['FLOWS', 'bits_per_dim', 'PointsFlow', 'show_density_1d', 'show_density_2d', 'spiral', 'condition', 'is_broken',
-           'train_flow']
+           'Shift', 'train_flow', 'Dequantize', 'GaussianNoise']
 
-# %% ../nbs/06_noise.ipynb #95f85e39
+# %% ../nbs/06_noise.ipynb #ee5cd7d7
 import math
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from .data import batches, load
 from .flows import Flow, check_vector
 from .tarflow import TarFlow
-from .train import DropLabels, GaussianNoise, ema, fit, mean_nll, to_bits
+from .train import Dequantize, DropLabels, GaussianNoise, ema, fit, keyed_uniform, mean_nll, to_bits
+_all_ = ['Dequantize', 'GaussianNoise']               # the transforms of chapter 02: `from flowbook.noise import ...` finds them, too
 
-# %% ../nbs/06_noise.ipynb #289a2a3b
+# %% ../nbs/06_noise.ipynb #f383cc6e
 # Axis legend of this module: b batch, d dimensions of a vector, m data points, c h w image.
 
-# %% ../nbs/06_noise.ipynb #43f65229
+# %% ../nbs/06_noise.ipynb #57f4a506
 @torch.no_grad()
 def bits_per_dim(flow:Flow, data,        # a dataset, or images (b, c, h, w) exactly on their levels in [-1, 1]
                  y=None,                 # labels of images; a dataset brings its own
@@ -48,7 +50,7 @@ def _discrete(data, y, levels):
                          'bits of discrete images, give them without noise')
     return data, y, levels
 
-# %% ../nbs/06_noise.ipynb #7f638077
+# %% ../nbs/06_noise.ipynb #786bda83
 class PointsFlow(Flow):
     "The exact autoregressive flow of data points plus Gaussian noise, q = mean of N(x_k, sigma^2): Knothe-Rosenblatt."
     def __init__(self, points:Tensor,    # (m, d)
@@ -101,7 +103,7 @@ class PointsFlow(Flow):
 
     def sparsity(self): return torch.ones(self.z_shape[0], self.z_shape[0], dtype=torch.bool).tril()
 
-# %% ../nbs/06_noise.ipynb #57b83241
+# %% ../nbs/06_noise.ipynb #29c5df36
 def show_density_1d(sigma:float, points=(-.7, -.2, .6), axes=None):
     "Three points with noise sigma: their density, and the exact flow between x and z. Returns the figure."
     import matplotlib.pyplot as plt
@@ -115,7 +117,7 @@ def show_density_1d(sigma:float, points=(-.7, -.2, .6), axes=None):
     axes[1].plot(z, inverse, 'C0'); axes[1].set(xlabel='z', ylabel='x', xlim=(-3, 3), ylim=(-1.5, 1.5), title=f'inverse flow, steepest slope {slope:.3g}')
     return fig or axes[0].figure
 
-# %% ../nbs/06_noise.ipynb #46e33852
+# %% ../nbs/06_noise.ipynb #db696ea2
 def show_density_2d(sigma:float, points:Tensor=None, ax=None): # points (m, 2)
     "Data points with noise sigma: density, and a straight grid of z pulled back into x. Returns the figure."
     import matplotlib.pyplot as plt
@@ -136,9 +138,9 @@ def show_density_2d(sigma:float, points:Tensor=None, ax=None): # points (m, 2)
 def spiral(m:int=40) -> Tensor: # (m, 2), float64
     "Points on a spiral."
     t = torch.linspace(.15, 1, m, dtype=torch.float64)
-    return torch.stack([(t * torch.cos(2.6 * math.pi * t)), (t * torch.sin(2.6 * math.pi * t))], 1)
+    return 1.2 * torch.stack([t * torch.cos(2.6 * math.pi * t), t * torch.sin(2.6 * math.pi * t)], 1)
 
-# %% ../nbs/06_noise.ipynb #8b27c28c
+# %% ../nbs/06_noise.ipynb #66a9194a
 def condition(flow:Flow, x:Tensor, y=None) -> tuple: # x (b, ...) -> largest (b,), condition number (b,)
     "The largest singular value of dx/dz at each `x`, and its ratio to the smallest; one backward pass a dimension."
     x = x.detach().clone().requires_grad_()
@@ -152,11 +154,28 @@ def is_broken(x:Tensor, sigma:float=0.) -> Tensor: # (b, ...) samples -> (b,) bo
     flat = x.flatten(1)
     return ~flat.isfinite().all(1) | (flat.abs() > 1 + max(1., 6 * sigma)).any(1)
 
-# %% ../nbs/06_noise.ipynb #3cb30d0a
+# %% ../nbs/06_noise.ipynb #4081f6bb
 _DIGITS = dict(data='digits', steps=2000, lr=7e-3, batch_size=64, average=.99, weight_decay=.1, classes=10, model=dict(
     image_size=8, channels=1, patch_size=2, dim=48, blocks=8, layers=1, head_dim=24))
 FLOWS = {**{f'digits-{sigma}': {**_DIGITS, 'sigma': sigma} for sigma in (.05, .1, .2, .4)},
-         'digits-free': {**_DIGITS, 'sigma': .1, 'classes': 0}}
+         'digits-free': {**_DIGITS, 'sigma': .1, 'classes': 0},
+         'mnist5k-0.2': dict(data='mnist5k', sigma=.2, steps=8000, lr=6e-3, batch_size=64, average=.999, weight_decay=.1, classes=10,
+                             shift=1, minutes=50, model=dict(image_size=28, channels=1, patch_size=4, dim=96, blocks=8, layers=1, head_dim=24))}
+
+class Shift:
+    "Move each image by up to `pixels` in both directions, black (-1) moving in; keyed by (seed, epoch, sample)."
+    def __init__(self, pixels:int):
+        if not isinstance(pixels, int) or pixels < 0: raise ValueError(f'pixels: {pixels!r}; a whole number, 0 or more')
+        self.pixels = pixels
+
+    def __call__(self, batch):
+        k, (h, w) = self.pixels, batch.x.shape[-2:]
+        if not k: return batch
+        places = (keyed_uniform(batch, (2,), 'shift') * (2 * k + 1)).long().tolist()
+        padded = F.pad(batch.x, (k, k, k, k), value=-1.)
+        return batch._replace(x=torch.stack([p[:, a:a+h, b:b+w] for p, (a, b) in zip(padded, places)]))
+
+    def __repr__(self): return f'Shift({self.pixels})'
 
 def train_flow(name:str,                 # one of FLOWS
                seed:int=0, steps:int=None) -> TarFlow: # fewer steps, to try it
@@ -166,7 +185,8 @@ def train_flow(name:str,                 # one of FLOWS
     torch.manual_seed(seed)
     flow, noise = TarFlow(**c['model'], classes=c['classes']), [GaussianNoise(c['sigma'])]
     mean, data = ema(flow, c['average']), load(c['data'])
-    stream = batches(data, c['batch_size'], seed=seed, transforms=[*noise, DropLabels(.1)] if c['classes'] else noise)
+    transforms = [Shift(c.get('shift', 0)), *noise] + [DropLabels(.1)] * bool(c['classes'])
+    stream = batches(data, c['batch_size'], seed=seed, transforms=transforms)
     for _ in fit(flow, stream, steps=steps, lr=c['lr'], warmup=steps // 20, weight_decay=c['weight_decay'], ema=mean, every=max(1, steps // 20)): pass
     flow = mean.module.eval()
     bits = {f'{split}_bits_per_dim': round(to_bits(mean_nll(flow, load(c['data'], split), noise)), 4) for split in ('train', 'test')}

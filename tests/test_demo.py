@@ -56,7 +56,7 @@ def test_a_users_own_folder(tmp_path):
     flow = TarFlow.from_pretrained(tmp_path/'out'/'checkpoint')
     assert flow.image_shape == (3, 16, 16) and flow.classes == 2 and flow.card['class_names'] == ['cats', 'dogs']
     assert flow.sample(torch.tensor([0, 1, -1])).isfinite().all()
-    for name in ('samples.png', 'loss.png'): Image.open(tmp_path/'out'/name).verify()
+    for name in ('samples.png', 'denoised.png', 'loss.png'): Image.open(tmp_path/'out'/name).verify()
 
 
 def test_nothing_is_overwritten(tmp_path):

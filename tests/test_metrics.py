@@ -323,5 +323,7 @@ def test_flowbook_evaluate(tmp_path):
     assert {*METRICS, 'bits_per_dim', 'noise', 'agreement', 'n', 'broken', 'clipped'} <= out.keys() and out['n'] == 50
     fresh = .5 * (load('digits', 'test').batch(range(360))[0].square().mean() + .2**2 + math.log(2 * math.pi)) / math.log(2)   # the identity: N(0, 1)
     assert out['bits_per_dim'] == pytest.approx(float(fresh), abs=.01)
+    guided = json.loads(command('flow', '--n', '20', '--json', '--denoise', '--guidance', 'class', '--w', '0.5'))
+    assert guided['denoised'] and guided['guidance'] == 'ClassGuidance(0.5, constant)'
     assert 'there is no folder' in command('nothing', ok=False)
     assert '96 MB' in command('flow', '--extractor', 'inception', ok=False)

@@ -23,6 +23,15 @@ def test_the_library_example_runs(tmp_path, monkeypatch):
     assert torch.equal(TarFlow.from_pretrained('my_flow').log_prob(names['images']), names['flow'].log_prob(names['images']))
 
 
+def test_the_example_with_a_checkpoint_runs(capsys):
+    "As printed, with fewer samples."
+    code, = [b for b in blocks('python') if 'from_pretrained(' in b]
+    assert code.count('1000') == 1
+    names = {}
+    exec(code.replace('1000', '60'), names)
+    assert names['images'].shape == (60, 1, 8, 8) and "'fid'" in capsys.readouterr().out
+
+
 def test_two_commands_that_set_up_everything():
     commands = [b.strip() for b in blocks('bash') if '.venv' in b]
     assert len(commands) == 2 and all(c.startswith('python3 -m venv .venv && . .venv/bin/activate && pip install -e ') and '\n' not in c for c in commands)

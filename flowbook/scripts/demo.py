@@ -6,18 +6,19 @@
 __all__ = ['arguments', 'pick_device', 'pick_patch', 'fresh_folder', 'main', 'cli', 'run', 'keep', 'affordable_steps',
            'judge_samples', 'draw_loss', 'judge_demo', 'demo_experiment']
 
-# %% ../../nbs/16_demo.ipynb #a8fb2158
+# %% ../../nbs/16_demo.ipynb #f1693edc
 import argparse, contextlib, io, json, math, os, sys, tempfile, time
 from pathlib import Path
 import torch
 from ..data import batches, Flip, load, save_images
+from ..denoise import denoise
 from ..evidence import Verdict, experiment, summary
 from ..metrics import METRICS, agreement, digit_classifier, evaluate
 from ..tarflow import TarFlow
 from ..train import (DropLabels, GaussianNoise, NonFiniteLoss,
                             fit, mean_nll, plot_curve, progress, to_bits)
 
-# %% ../../nbs/16_demo.ipynb #f19236f5
+# %% ../../nbs/16_demo.ipynb #88546e33
 def arguments(argv=None) -> argparse.Namespace:
     "The command line of `flowbook_demo`."
     p = argparse.ArgumentParser(
@@ -41,10 +42,10 @@ def arguments(argv=None) -> argparse.Namespace:
     add('--threads', type=int, help="of the CPU (by default 1 for digits, PyTorch's choice otherwise)")
     add('--device', default='auto', help='auto, cpu, cuda or mps')
     add('--out', default='flowbook_demo',
-        help='folder for samples.png, loss.png, checkpoint/, report.json; a number is added if it is taken')
+        help='folder for samples.png, denoised.png, loss.png, checkpoint/, report.json; a number is added if it is taken')
     return p.parse_args(argv)
 
-# %% ../../nbs/16_demo.ipynb #9afc49d6
+# %% ../../nbs/16_demo.ipynb #c99f7bec
 def pick_device(name:str) -> torch.device:
     "`auto`: the GPU if there is one. ValueError if the device is not to be had."
     if name == 'auto':
@@ -67,7 +68,7 @@ def fresh_folder(out:str) -> Path:
     names = [out, *(Path(f'{out}-{i}') for i in range(2, 10_000))]
     return next(f for f in names if not f.exists() or (f.is_dir() and not any(f.iterdir())))
 
-# %% ../../nbs/16_demo.ipynb #06038890
+# %% ../../nbs/16_demo.ipynb #3606c53d
 def main(argv=None) -> dict:
     "Train, measure, draw, keep. Returns the report that it also writes."
     a = arguments(argv)
@@ -127,7 +128,7 @@ def run(a:argparse.Namespace) -> dict:
               'steps': history[-1]['step'] if history else 0, 'parameters': size, 'device': str(device)}
     return keep(flow.eval(), a, report, train, test, noise, history, problem, seconds)
 
-# %% ../../nbs/16_demo.ipynb #4b666e44
+# %% ../../nbs/16_demo.ipynb #3b667dbc
 def keep(flow, a, report:dict, train, test, noise, history, problem, seconds:float) -> dict:
     "Measure the trained flow; write samples, loss curve, checkpoint and report. Returns the report."
     bits = lambda data: to_bits(mean_nll(flow, data, noise, batch_size=250))
@@ -137,6 +138,7 @@ def keep(flow, a, report:dict, train, test, noise, history, problem, seconds:flo
     y = torch.arange(min(flow.classes, 10)).repeat_interleave(10)
     samples = flow.sample(y, generator=torch.Generator().manual_seed(a.seed)).cpu()
     save_images(samples, out/'samples.png', nrow=10)
+    save_images(denoise(flow, samples.to(report['device']), report['sigma'], y.to(report['device'])).cpu(), out/'denoised.png', nrow=10)
     if a.data == 'digits' and flow.image_shape == (1, 8, 8): report |= judge_samples(flow, train, a.seed)
     if problem: report['note'] = problem
     draw_loss(history, out/'loss.png')
@@ -151,12 +153,12 @@ def keep(flow, a, report:dict, train, test, noise, history, problem, seconds:flo
     if 'fid' in report:
         print(f'metrics FID {report["fid"]:.1f}, sFID {report["sfid"]:.1f}, precision {report["precision"]:.2f}, recall '
               f'{report["recall"]:.2f} against the training digits, by the features of the judge (chapter 05)')
-    print(f'wrote   {out/"samples.png"} (one row a class), {out/"loss.png"}, {out/"checkpoint"}: '
+    print(f'wrote   {out/"samples.png"} (one row a class), {out/"denoised.png"} (the same without noise, chapter 07), {out/"loss.png"}, {out/"checkpoint"}: '
           f'TarFlow.from_pretrained({str(out/"checkpoint")!r})')
     print('next    jupyter lab nbs        opens the book; start with nbs/index.ipynb')
     return report
 
-# %% ../../nbs/16_demo.ipynb #4503768e
+# %% ../../nbs/16_demo.ipynb #f056ceb4
 def affordable_steps(flow, stream, lr:float, seconds:float=100., most:int=1000) -> int:
     "How many steps fit into `seconds`, from the median of five on a copy; at least 50."
     import copy
@@ -180,7 +182,7 @@ def draw_loss(history:list, path:Path) -> None:
     ax = (fig := Figure(figsize=(5, 2.6), dpi=100, layout='constrained')).subplots()
     plot_curve(history, ax=ax); ax.set_title('training loss'); fig.savefig(path)
 
-# %% ../../nbs/16_demo.ipynb #0d4a5261
+# %% ../../nbs/16_demo.ipynb #a214a626
 def judge_demo(results):                 # what `demo_experiment` returned, seed by seed
     "The verdict on the promise of the demonstration."
     s = summary([r['agreement'] for r in results])
@@ -198,6 +200,6 @@ def demo_experiment(seed, budget):
     keys = 'agreement', *METRICS, 'clipped', 'broken', 'train_bits_per_dim', 'test_bits_per_dim', 'parameters', 'seconds'
     return {k: report[k] for k in keys}
 
-# %% ../../nbs/16_demo.ipynb #83a50169
+# %% ../../nbs/16_demo.ipynb #ed88d8ed
 #| eval: false
 if __name__ == '__main__' and '__file__' in globals(): cli()

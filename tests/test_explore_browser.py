@@ -1,0 +1,209 @@
+"""The panels of chapter 17 in a real JupyterLab: every control is moved by keys, and what the page then shows is compared,
+pixel by pixel, with what the plain functions give for the setting at which the controls stand."""
+import base64, io, json, os, shutil, signal, socket, subprocess, sys, time, urllib.request
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parent.parent
+BROWSERS = ('chromium', 'chromium-browser', 'google-chrome', 'chrome')
+
+
+def wait_for(question, seconds, what, every=.2):
+    "The first true answer; TimeoutError says what was waited for and what was seen last."
+    end, answer = time.monotonic() + seconds, None
+    while time.monotonic() < end:
+        if answer := question(): return answer
+        time.sleep(every)
+    raise TimeoutError(f'{what}: not within {seconds} s')
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture
+def lab(tmp_path):
+    "(address, log) of a JupyterLab on a copy of the notebook; its whole process group ends with the test."
+    book, settings = tmp_path/'book', tmp_path/'settings'
+    book.mkdir()
+    shutil.copy(ROOT/'nbs'/'17_explore.ipynb', book)
+    for plugin, values in {'notebook-extension/tracker': {'windowingMode': 'none'},         # cells out of sight are drawn, too
+                           'apputils-extension/notification': {'fetchNews': 'false', 'checkForUpdates': False}}.items():
+        file = settings/'@jupyterlab'/f'{plugin}.jupyterlab-settings'
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(values))
+    port, log = free_port(), tmp_path/'lab.log'
+    env = {**os.environ, 'PYTHONPATH': str(ROOT), 'JUPYTERLAB_SETTINGS_DIR': str(settings), 'JUPYTERLAB_WORKSPACES_DIR': str(tmp_path/'workspaces'),
+           'JUPYTER_CONFIG_DIR': str(tmp_path/'config'), 'JUPYTER_RUNTIME_DIR': str(tmp_path/'runtime'), 'IPYTHONDIR': str(tmp_path/'ipython')}
+    env.pop('MPLBACKEND', None)                                       # the kernel chooses its own
+    command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--expose-app-in-browser', '--ServerApp.token=', '--ServerApp.password=',
+               '--ServerApp.ip=127.0.0.1', f'--ServerApp.port={port}', '--ServerApp.port_retries=0', f'--ServerApp.root_dir={book}']
+    address = f'http://127.0.0.1:{port}'
+
+    def up():
+        if server.poll() is not None: raise RuntimeError(f'JupyterLab ended with {server.returncode}:\n{log.read_text()[-3000:]}')
+        try: return urllib.request.urlopen(f'{address}/api', timeout=2).status == 200
+        except OSError: return False
+
+    with log.open('w') as out:
+        server = subprocess.Popen(command, cwd=book, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        wait_for(up, 90, 'the server')
+        yield address, log
+    finally:
+        for sig, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
+            try: os.killpg(server.pid, sig)
+            except ProcessLookupError: break
+            try: server.wait(patience)
+            except subprocess.TimeoutExpired: continue
+
+
+@pytest.fixture
+def driver(tmp_path):
+    webdriver = pytest.importorskip('selenium.webdriver', reason='selenium is not installed')
+    browser, tool = next(filter(None, map(shutil.which, BROWSERS)), None), shutil.which('chromedriver')
+    if not browser or not tool: pytest.skip(f"no {'browser' if not browser else 'chromedriver'} here: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = browser
+    for o in ('--headless=new', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', '--window-size=1400,1200', f'--user-data-dir={tmp_path}/profile'):
+        options.add_argument(o)
+    d = webdriver.Chrome(options=options, service=webdriver.ChromeService(tool))
+    d.set_script_timeout(60)
+    try: yield d
+    finally: d.quit()
+
+
+NOTEBOOK = "const book = [...window.jupyterapp.shell.widgets('main')].find(w => w.sessionContext && w.content && w.content.model);\n"
+READY = NOTEBOOK + """if (!book || !book.context.isReady || !book.sessionContext.isReady) return false;
+const kernel = book.sessionContext.session && book.sessionContext.session.kernel;
+return !!kernel && kernel.connectionStatus === 'connected';"""
+RUN = NOTEBOOK + """window.jupyterapp.shell.activateById(book.id);
+window.jupyterapp.commands.execute('notebook:run-all-cells');"""
+CELLS = NOTEBOOK + """return book.content.widgets.filter(c => c.model.type === 'code' && c.model.sharedModel.getSource().trim()).map(c => ({
+    count: c.model.executionCount, state: c.model.executionState, tags: c.model.getMetadata('tags') || [], source: c.model.sharedModel.getSource(),
+    outputs: c.model.outputs.toJSON()}));"""
+STATUS = NOTEBOOK + "return book.sessionContext.session.kernel.status;"
+PIXELS = """const [selector, done] = arguments;
+const img = document.querySelector(selector);
+if (!img || !img.src) { done(null); return; }
+fetch(img.src).then(r => r.blob()).then(b => { const r = new FileReader(); r.onload = () => done(r.result.split(',')[1]); r.readAsDataURL(b); })
+    .catch(() => done(null));                                         // the address was replaced while it was read"""
+
+
+def array(png):
+    import numpy as np
+    from PIL import Image
+    return np.asarray(Image.open(io.BytesIO(png)).convert('RGB')).astype(int)
+
+
+class Page:
+    "The notebook in the browser, as a reader has it."
+    def __init__(self, driver): self.driver = driver
+    def find(self, selector): return self.driver.find_element('css selector', selector)
+    def shown(self, name): return array(base64.b64decode(p)) if (p := self.driver.execute_async_script(PIXELS, f'img.flowbook-{name}')) else None
+    def text(self, name='text'): return self.find(f'.flowbook-{name}').text
+
+    def press(self, name, part, *keys):
+        e = self.find(f'.flowbook-{name} {part}')
+        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'}); arguments[0].focus();", e)
+        e.send_keys(*keys)
+
+    def stands(self, name, widget):
+        "The value of a control as the page shows it; `widget`: its twin in this process, which knows what the menu's texts mean."
+        kind = type(widget).__name__
+        if kind == 'Checkbox': return self.find(f'.flowbook-{name} input').is_selected()
+        if kind == 'Dropdown':
+            label = self.driver.execute_script('return arguments[0].selectedOptions[0].text', self.find(f'.flowbook-{name} select'))
+            return dict((o, o) if isinstance(o, str) else o for o in widget.options)[label]
+        shown = self.find(f'.flowbook-{name} .widget-readout').text.strip()
+        return int(shown) if kind == 'IntSlider' else float(shown)
+
+    def errors(self):
+        "Errors in outputs; the checks of unsolved exercises are meant to fail, and say so by their tag."
+        cells = self.driver.execute_script(CELLS)
+        bad = [(c['source'], o) for c in cells for o in c['outputs'] if o['output_type'] == 'error' and 'raises-exception' not in c['tags']]
+        return bad + [(c['source'], o) for c in cells for o in c['outputs'] if 'Traceback' in ''.join(o.get('text', ''))]
+
+    def settle(self, names, wanted, before, what):
+        "Wait until the pictures are the wanted ones; they must have been others before."
+        seen = {}
+        def same():
+            seen.update({k: self.shown(k) for k in names})
+            return all(seen[k] is not None and seen[k].shape == w.shape and abs(seen[k] - w).max() <= 2 for k, w in zip(names, wanted()))
+        try: wait_for(same, 30, what)
+        except TimeoutError:
+            away = {k: 'nothing' if seen[k] is None else f'{seen[k].shape} instead of {w.shape}' if seen[k].shape != w.shape
+                    else f'{abs(seen[k] - w).max()} levels away' for k, w in zip(names, wanted())}
+            raise AssertionError(f'{what}: the page does not show what the plain function gives: {away}') from None
+        now = [seen[k] for k in names]
+        if before is not None:
+            assert any(a.shape != b.shape or abs(a - b).max() > 2 for a, b in zip(now, before)), f'{what}: the picture did not change'
+        return now
+
+
+def test_every_control_of_both_panels_in_jupyterlab(driver, lab):
+    from selenium.webdriver.common.keys import Keys
+    from flowbook import explore
+    address, log = lab
+    driver.get(f'{address}/lab/tree/17_explore.ipynb?reset')
+    script = driver.execute_script
+    wait_for(lambda: script('return !!window.jupyterapp'), 90, 'the page')
+    wait_for(lambda: script(READY), 90, "the notebook's kernel")
+    script(RUN)
+    def finished():
+        cells = script(CELLS)
+        return all(c['count'] is not None and c['state'] in ('idle', None) for c in cells) and script(STATUS) == 'idle'
+    wait_for(finished, 300, 'all cells')
+    page, right, down, left = Page(driver), Keys.ARROW_RIGHT, Keys.ARROW_DOWN, Keys.ARROW_LEFT
+    assert not page.errors()
+
+    ours = explore.Explorer(explore.book_flows())
+    twins = explore.make_controls(ours, explore.Setting(next(iter(ours.flows))))
+    def setting(): return explore.Setting(**{k: page.stands(k, w) for k, w in twins.items()})
+    def wanted(): return [array(png) for png in explore.render(ours.picture(setting()))[:2]]
+    pictures = page.settle(('left', 'right'), wanted, None, 'the panel at its start')
+
+    slider, menu = '.noUi-handle', 'select'
+    moves = [('seed', slider, right), ('w', slider, right), ('gamma', slider, right), ('label', menu, down), ('schedule', menu, down), ('block', slider, left),
+             ('denoise', 'input', Keys.SPACE), ('model', menu, down), ('kind', menu, down), ('tau', slider, right)]
+    assert {m[0] for m in moves} == set(twins)
+    for name, part, key in moves:
+        before = setting()
+        page.press(name, part, key)
+        wait_for(lambda: setting() != before, 10, f'{name}: the control itself')
+        changed = [k for k in twins if getattr(setting(), k) != getattr(before, k)]
+        assert changed == [name], f'{name} moved, and {changed} changed'
+        pictures = page.settle(('left', 'right'), wanted, pictures, name)
+        assert 'nats' in page.text() and ' ms' in page.text() and 'Nothing to show' not in page.text()
+
+    # what cannot be becomes a sentence, and the panel lives on
+    at = setting().model
+    page.press('model', menu, Keys.END)
+    page.press('kind', menu, Keys.END)
+    wait_for(lambda: 'has none; choose' in page.text(), 30, 'a sentence about a flow without classes')
+    page.press('model', menu, Keys.HOME)
+    page.press('w', slider, Keys.END)
+    page.press('kind', menu, Keys.HOME, down)
+    assert setting().model != at and setting().w == 10. and setting().kind == 'class'
+    page.press('seed', slider, right)
+    pictures = page.settle(('left', 'right'), wanted, pictures, 'w = 10')
+    assert 'broken' in page.text() and 'drawn grey' in page.text()
+
+    def densities(): return [array(png) for png in explore.density_png(page.stands('sigma', None))]
+    pictures = page.settle(('one', 'two'), densities, None, 'the density at its start')
+    for key, end in ((right, None), (Keys.HOME, .02), (Keys.END, 1.)):
+        page.press('sigma', slider, key)
+        pictures = page.settle(('one', 'two'), densities, pictures, 'sigma')
+        assert end is None or page.stands('sigma', None) == end
+        assert 'Nothing to show' not in page.text('density-text')
+
+    assert not page.errors() and script(STATUS) == 'idle'
+    if folder := os.environ.get('FLOWBOOK_SCREENSHOT'):               # for people who want to look
+        for name in ('left', 'one'):
+            script("document.querySelector(arguments[0]).scrollIntoView({block: 'center'})", f'img.flowbook-{name}')
+            driver.save_screenshot(f'{folder}/{name}.png')
+    assert 'Traceback' not in (lines := log.read_text()), lines[-3000:]  # exceptions of callbacks go here, not to the page
