@@ -7,10 +7,11 @@ __all__ = ['INCEPTION_URL', 'INCEPTION_SHA256', 'METRICS', 'DigitClassifier', 'C
            'train_digit_classifier', 'digit_classifier', 'agreement', 'frechet', 'ranks', 'Moments', 'Extractor',
            'with_channels', 'fingerprint', 'module_extractor', 'digits_extractor', 'fidelity_digits', 'read_weights',
            'inception_path', 'inception_extractor', 'make_extractor', 'folder_images', 'image_batches', 'Statistics',
-           'collect', 'image_hash', 'Tally', 'gathered', 'save_statistics', 'load_statistics', 'evaluate', 'distance',
-           'check_given', 'by_fidelity', 'fid_curve', 'fid_at_infinity', 'reconstruction', 'lpips']
+           'collect', 'check_whole', 'checked_features', 'image_hash', 'Tally', 'gathered', 'save_statistics',
+           'load_statistics', 'evaluate', 'distance', 'check_given', 'by_fidelity', 'fid_curve', 'fid_at_infinity',
+           'reconstruction', 'lpips']
 
-# %% ../nbs/05_metrics.ipynb #2e6e014c
+# %% ../nbs/05_metrics.ipynb #a3c7c1f0
 import hashlib, io, json, math, os
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,14 +19,14 @@ from pathlib import Path
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
-from .data import Folder, ImageSet, batches, check_images, load, resize_levels, to_levels
+from .data import Folder, ImageSet, batches, check_images, load, to_levels
 from .flows import Pretrained
 from .train import fit, keyed_normal, keyed_uniform
 
-# %% ../nbs/05_metrics.ipynb #6af34b31
+# %% ../nbs/05_metrics.ipynb #40c67a55
 # Axis legend of this module: b batch, n images, d features, c h w image, k classes.
 
-# %% ../nbs/05_metrics.ipynb #f473f6dd
+# %% ../nbs/05_metrics.ipynb #13ef9ab8
 class DigitClassifier(nn.Module, Pretrained):
     "A small convolutional classifier of 8x8 digits; `features` are what offline metrics compare."
     classes = 10
@@ -52,7 +53,7 @@ class DigitClassifier(nn.Module, Pretrained):
         pooled = self.body[9:](h)                                               # (b, dim)
         return {'pooled': pooled, 'spatial': h[:, :7].flatten(1), 'logits': self.head(pooled)}
 
-# %% ../nbs/05_metrics.ipynb #34275809
+# %% ../nbs/05_metrics.ipynb #fe67eef8
 class CrossEntropy:
     "Cross-entropy of a classifier: an `Objective` like `NLL`."
     def __call__(self, net, x, y):
@@ -74,7 +75,7 @@ def shift_image(x:Tensor, dy:int, dx:int) -> Tensor: # (c, h, w), by -1, 0 or 1 
     "One image moved down and to the right, black (-1) moving in."
     return torch.roll(F.pad(x, (1, 1, 1, 1), value=-1.), (dy, dx), (1, 2))[:, 1:-1, 1:-1]
 
-# %% ../nbs/05_metrics.ipynb #9c201024
+# %% ../nbs/05_metrics.ipynb #911faca8
 def train_digit_classifier(seed:int=0, steps:int=1500) -> DigitClassifier:
     "Train the judge on the real training digits; its accuracy on the test digits goes on its card."
     torch.manual_seed(seed)
@@ -101,17 +102,19 @@ def agreement(judge:nn.Module, x:Tensor,  # (b, c, h, w) samples
     if not x.isfinite().all():
         raise ValueError(f'x: {int((~x.isfinite()).flatten(1).any(1).sum())} of {len(x)} samples hold NaN or infinity; '
                          'leave them out, and count them')
-    return (judge(x).argmax(1) == y).float().mean().item()
+    dtype = next((p.dtype for p in getattr(judge, 'parameters', tuple)()), x.dtype)
+    return (judge(x.to(dtype)).argmax(1) == y).float().mean().item()
 
-# %% ../nbs/05_metrics.ipynb #9cd089de
+# %% ../nbs/05_metrics.ipynb #e05e3535
 def frechet(mean1:Tensor, cov1:Tensor,   # (d,), (d, d)
             mean2:Tensor, cov2:Tensor) -> float:
     "Squared Fréchet distance of two Gaussians, in float64, by symmetric eigenvalues. Heusel et al., 2017, Eq. 6."
     m1, c1, m2, c2 = (torch.as_tensor(t).detach().cpu().double() for t in (mean1, cov1, mean2, cov2))
-    d = len(m1)
+    d = len(m1) if m1.ndim else 0
     if not m1.shape == m2.shape == (d,) or not c1.shape == c2.shape == (d, d):
         came = ', '.join(str(tuple(t.shape)) for t in (m1, c1, m2, c2))
         raise ValueError(f'frechet: shapes {came} came; give (d,), (d, d), (d,), (d, d) of one extractor')
+    if not all(t.isfinite().all() for t in (m1, c1, m2, c2)): raise ValueError('frechet: NaN or infinity in a mean or covariance; look at the features')
     L, failed = torch.linalg.cholesky_ex(c1)
     if failed:                                             # no full rank: the eigenvectors serve as well
         w, v = torch.linalg.eigh(c1)
@@ -119,7 +122,7 @@ def frechet(mean1:Tensor, cov1:Tensor,   # (d,), (d, d)
     cross = torch.linalg.eigvalsh(L.T @ c2 @ L).clamp(min=0).sqrt().sum()
     return ((m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * cross).item()
 
-# %% ../nbs/05_metrics.ipynb #22746f92
+# %% ../nbs/05_metrics.ipynb #f67115a5
 def ranks() -> int:
     "How many processes `torch.distributed` joins; 1 without it."
     from torch import distributed as dist
@@ -158,7 +161,7 @@ class Moments:
         if self.n < 2: raise ValueError(f'n: {self.n} images have no covariance; give 2 or more')
         return self.scatter / (self.n - 1)
 
-# %% ../nbs/05_metrics.ipynb #b75d1f50
+# %% ../nbs/05_metrics.ipynb #af76e5b5
 class Extractor:
     "8-bit images -> {'pooled': (b, d)} and, where it has them, 'spatial' (b, s) and 'logits' (b, k)."
     def __init__(self, net,            # callable: uint8 (b, c, h, w) -> such a dictionary
@@ -174,7 +177,10 @@ class Extractor:
     @torch.no_grad()
     def __call__(self, x:Tensor) -> dict:    # (b, c, h, w) in [-1, 1]
         levels = with_channels(to_levels(x, 256), self.channels)
-        return self.net(levels if self.size is None else resize_levels(levels, self.size))
+        if self.size is not None and tuple(levels.shape[2:]) != (self.size, self.size):
+            big = F.interpolate(levels.float(), (self.size, self.size), mode='bicubic', antialias=True)
+            levels = big.round().clamp(0, 255).to(torch.uint8)
+        return self.net(levels)
 
 def with_channels(x:Tensor, channels:int|None) -> Tensor: # (b, c, h, w) uint8 -> (b, channels, h, w)
     "Grey becomes three equal channels, colours become their mean."
@@ -184,7 +190,7 @@ def with_channels(x:Tensor, channels:int|None) -> Tensor: # (b, c, h, w) uint8 -
     if channels == 1 and c == 3: return x.float().mean(1, keepdim=True).round().to(torch.uint8)
     raise ValueError(f'x: {c} channels came, the extractor takes {channels}; give images of 1 or 3 channels')
 
-# %% ../nbs/05_metrics.ipynb #dedcd171
+# %% ../nbs/05_metrics.ipynb #38de1155
 def fingerprint(net:nn.Module) -> str:
     "The first 16 hex digits of the sha256 of all tensors of a module."
     h = hashlib.sha256()
@@ -193,13 +199,17 @@ def fingerprint(net:nn.Module) -> str:
         h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:16]
 
-def module_extractor(net:nn.Module, name:str=None, **kw) -> Extractor:
-    "Any module on images in [-1, 1] as an extractor: it returns features (b, ...), or the dictionary itself."
-    name = f'{name or type(net).__name__} {fingerprint(net)}'
+def module_extractor(net:nn.Module, name:str=None, **kw) -> Extractor: # kw: channels, size, note of `Extractor`
+    "Any module on images in [-1, 1] as an extractor; it returns features (b, ...) or the dictionary, and must not change meanwhile."
+    name = name or f"{type(net).__name__} {hashlib.sha256(repr(net).encode()).hexdigest()[:8]}"       # its layers, where nobody named it
+    like = next((p for p in net.parameters() if p.is_floating_point()), torch.zeros(()))
     def run(levels):
-        device = next((p.device for p in net.parameters()), levels.device)
-        out = net(levels.to(device).float() / 127.5 - 1)
+        modes = {m: m.training for m in net.modules()}      # in train mode a batch would change its own features, and the module
+        try: out = net.eval()((levels.to(like.device).float() / 127.5 - 1).to(like.dtype))
+        finally:
+            for m, training in modes.items(): m.training = training
         return out if isinstance(out, dict) else {'pooled': out.flatten(1)}
+    name = f'{name} {fingerprint(net)}'
     return Extractor(run, name, **kw)
 
 @lru_cache(None)
@@ -209,7 +219,7 @@ def digits_extractor() -> Extractor:
     judge.forward = judge.stages
     return module_extractor(judge, 'digits', channels=1, size=8)
 
-# %% ../nbs/05_metrics.ipynb #47f1caac
+# %% ../nbs/05_metrics.ipynb #bf8085b8
 def fidelity_digits() -> str:
     "Register the judge with torch-fidelity, once; returns the name for its `feature_extractor=`."
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase
@@ -233,7 +243,7 @@ def fidelity_digits() -> str:
     if name not in FEATURE_EXTRACTORS_REGISTRY: register_feature_extractor(name, FeatureExtractorDigits)
     return name
 
-# %% ../nbs/05_metrics.ipynb #62b510ec
+# %% ../nbs/05_metrics.ipynb #c30ed996
 INCEPTION_URL = ('https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/'
                  'weights-inception-2015-12-05-6726825d.pth')
 INCEPTION_SHA256 = '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2'   # of the published file
@@ -262,7 +272,7 @@ def inception_path(path=None) -> Path:
         "weights=... or FLOWBOOK_INCEPTION=..., or keep it in torch.hub's folder of checkpoints. "
         "For digits, extractor='digits' needs no download")
 
-# %% ../nbs/05_metrics.ipynb #9fa429eb
+# %% ../nbs/05_metrics.ipynb #484e27b8
 def inception_extractor(weights=None,                      # a local file; None: see `inception_path`
                         sha256:str=INCEPTION_SHA256,       # that it must have
                         device='cpu') -> Extractor:
@@ -284,7 +294,7 @@ def inception_extractor(weights=None,                      # a local file; None:
         return {'pooled': pooled, 'spatial': kept.pop('spatial').float(), 'logits': logits}
     return Extractor(run, f'inception-v3-compat {sha256[:16]}', channels=3, note='TensorFlow-1 bilinear 299x299')
 
-# %% ../nbs/05_metrics.ipynb #a1d09412
+# %% ../nbs/05_metrics.ipynb #30544d64
 def make_extractor(which,            # 'inception', 'digits', an `Extractor`, or any module on images in [-1, 1]
                    weights=None, sha256:str=INCEPTION_SHA256, device='cpu') -> Extractor:
     "The extractor of that name; a module becomes one."
@@ -294,7 +304,7 @@ def make_extractor(which,            # 'inception', 'digits', an `Extractor`, or
     if which == 'inception': return inception_extractor(weights, sha256, device)
     raise ValueError(f"extractor: {which!r}; choose 'inception' or 'digits', or give an Extractor or a module")
 
-# %% ../nbs/05_metrics.ipynb #787952a1
+# %% ../nbs/05_metrics.ipynb #9bb5060b
 def folder_images(root) -> Folder:
     "All images in a folder and below, as a dataset of one class; they must be of one size."
     from PIL import Image
@@ -311,6 +321,7 @@ def image_batches(source,            # (n, c, h, w), an iterable of batches, a d
             raise ValueError(f'{str(source)!r} is no folder; give a folder of images, a dataset (load(...)), '
                              'a tensor, batches, or Statistics')
         source = folder_images(source)
+    if type(source).__module__ == 'numpy': raise ValueError('images: a numpy array came; give torch.from_numpy(...), float (n, c, h, w) in [-1, 1]')
     if isinstance(source, Tensor): return f'a tensor {tuple(source.shape)}', iter(source.split(batch_size))
     if hasattr(source, '__len__') and hasattr(source, '__getitem__') and not isinstance(source, (list, tuple)):
         from torch import distributed as dist
@@ -322,7 +333,7 @@ def image_batches(source,            # (n, c, h, w), an iterable of batches, a d
         raise ValueError(f'{type(source).__name__} came; give a tensor (n, c, h, w), batches of such, a dataset or a folder')
     return 'a stream', (b if isinstance(b, Tensor) else b[0] for b in source)
 
-# %% ../nbs/05_metrics.ipynb #722d9b47
+# %% ../nbs/05_metrics.ipynb #84e404bb
 @dataclass
 class Statistics:
     "What metrics keep of a set of images; `collect` makes it, `save` and `load_statistics` keep it."
@@ -346,7 +357,7 @@ class Statistics:
             if a != b: raise ValueError(f'{k}: the samples were seen by {a!r}, the reference by {b!r}; '
                                         'make both with the same one')
 
-# %% ../nbs/05_metrics.ipynb #9c463e45
+# %% ../nbs/05_metrics.ipynb #47d7b2da
 def collect(source, extractor='inception', *,
             n:int=None,                # take so many images, over all ranks; None: all
             keep:bool=True,            # features and logits, too, not only their moments
@@ -355,6 +366,7 @@ def collect(source, extractor='inception', *,
             ) -> Statistics:
     "One pass over images, in constant memory (but for kept features); summed over ranks."
     look = make_extractor(extractor, device=device)
+    check_whole(n=n, batch_size=batch_size)
     if on_broken not in ('refuse', 'drop'): raise ValueError(f"on_broken: {on_broken!r}; choose 'refuse' or 'drop'")
     if n is not None and n < 2: raise ValueError(f'n: {n}; a metric needs 2 images or more')
     name, stream = image_batches(source, batch_size)
@@ -365,7 +377,7 @@ def collect(source, extractor='inception', *,
         if (x := next(stream, None)) is None: break
         x = tally.sift(x, on_broken, quota)                            # finite images, clipped and counted
         if not len(x): continue
-        out = look(x)
+        out = checked_features(look(x), len(x), look.name)
         hashes += sum(image_hash(i) for i in to_levels(x, 256))
         for k in {'pooled', 'spatial'} & out.keys():
             if k not in moments: moments[k] = Moments(out[k].shape[1], device)
@@ -373,10 +385,25 @@ def collect(source, extractor='inception', *,
         for k in kept.keys() & out.keys() if keep else (): kept[k].append(out[k].detach().float().cpu())
     return _joined(look, name, moments, kept, tally, hashes, n, device)
 
-# %% ../nbs/05_metrics.ipynb #fbf4eedc
+# %% ../nbs/05_metrics.ipynb #bbb4c4c9
 def _rank() -> int:
     from torch import distributed as dist
     return dist.get_rank() if ranks() > 1 else 0
+
+def check_whole(**numbers) -> None:
+    "ValueError for what should be a whole number of 1 or more, or None."
+    for k, v in numbers.items():
+        if v is not None and (isinstance(v, bool) or not isinstance(v, int) or v < 1): raise ValueError(f'{k}: {v!r}; a whole number, 1 or more')
+
+def checked_features(out, b:int, name:str) -> dict:
+    "What an extractor returned for `b` images, or a ValueError that says what is wrong with it."
+    if not isinstance(out, dict) or 'pooled' not in out:
+        raise ValueError(f"extractor: {name} returned {sorted(out) if isinstance(out, dict) else type(out).__name__}; give features (b, d), or a dictionary with 'pooled'")
+    for k, v in out.items():
+        if not isinstance(v, Tensor) or v.ndim != 2 or len(v) != b:
+            raise ValueError(f'extractor: {k!r} of {name} has shape {tuple(getattr(v, "shape", ()))} for {b} images; give ({b}, d)')
+        if not v.isfinite().all(): raise ValueError(f'extractor: {k!r} of {name} holds NaN or infinity for images that have none')
+    return out
 
 def image_hash(levels:Tensor) -> int:                       # (c, h, w) uint8
     "The sha256 of an image, as a number: sums of such do not depend on the order."
@@ -401,7 +428,7 @@ class Tally:
         self.outside += int((x.abs() > 1 + 1e-6).sum())
         return x.clamp(-1, 1)
 
-# %% ../nbs/05_metrics.ipynb #73b7d488
+# %% ../nbs/05_metrics.ipynb #450453ba
 def gathered(t:Tensor) -> Tensor: # (n, ...) of this rank -> (sum of n, ...), dealt out in turns, as `batches` does
     "The rows of all ranks, on each of them."
     from torch import distributed as dist
@@ -433,18 +460,21 @@ def _joined(look, name, moments, kept, tally, hashes, n, device):
     return Statistics(look.name, look.preprocessing, name, f'{digest:064x}', {k: m.over_ranks() for k, m in sorted(moments.items())},
                       cat.get('pooled'), cat.get('logits'), outside / values, broken)
 
-# %% ../nbs/05_metrics.ipynb #bc92e79c
+# %% ../nbs/05_metrics.ipynb #ae571aa7
 def save_statistics(stats:Statistics, path, features:bool=False) -> Path: # features: keep (n, d), for precision and recall
     "Write statistics as safetensors; the facts about them are its metadata."
     from safetensors.torch import save
+    if features and stats.features is None: raise ValueError('features: these statistics kept none; make them with collect(..., keep=True)')
     tensors = {f'{k}.{part}': getattr(m, part).cpu().contiguous() for k, m in stats.moments.items() for part in ('mean', 'cov')}
-    if features and stats.features is not None: tensors['features'] = stats.features.contiguous()
+    if features: tensors['features'] = stats.features.contiguous()
     facts = {k: getattr(stats, k) for k in ('extractor', 'preprocessing', 'dataset', 'sha256', 'n')}
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-    tmp.write_bytes(save(tensors, {'flowbook_statistics': json.dumps(facts)}))
-    os.replace(tmp, path)
+    try:
+        tmp.write_bytes(save(tensors, {'flowbook_statistics': json.dumps(facts)}))
+        os.replace(tmp, path)
+    finally: tmp.unlink(missing_ok=True)
     return path
 
 def load_statistics(path) -> Statistics:
@@ -465,7 +495,7 @@ def load_statistics(path) -> Statistics:
         m.n, m.mean, m.scatter = n, tensors[f'{k}.mean'], tensors[f'{k}.cov'] * (n - 1)
     return Statistics(**facts, moments=moments, features=tensors.get('features'))
 
-# %% ../nbs/05_metrics.ipynb #084f4616
+# %% ../nbs/05_metrics.ipynb #227c3471
 METRICS = 'fid', 'sfid', 'is', 'kid', 'precision', 'recall'
 
 def evaluate(samples, reference,     # a tensor in [-1, 1], batches, a dataset, a folder, or Statistics (reference: also their file)
@@ -480,35 +510,44 @@ def evaluate(samples, reference,     # a tensor in [-1, 1], batches, a dataset, 
     metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     if wrong := [m for m in metrics if m not in METRICS]:
         raise ValueError(f'metrics: {wrong[0]!r}; choose of {", ".join(METRICS)}')
-    look, keep = make_extractor(extractor, device=device), bool({'is', 'kid', 'precision', 'recall'} & set(metrics))
-    options = dict(batch_size=batch_size, device=device)
+    check_whole(n=n, batch_size=batch_size, k=k)
     if isinstance(reference, (str, Path)) and str(reference).endswith('.safetensors'): reference = load_statistics(reference)
-    b = reference if isinstance(reference, Statistics) else collect(reference, look, keep=keep, **options)
-    a = samples if isinstance(samples, Statistics) else collect(samples, look, n=n, keep=keep, on_broken=on_broken, **options)
+    made = isinstance(samples, Statistics) and isinstance(reference, Statistics)         # then nothing is looked at any more
+    look, keep = None if made else make_extractor(extractor, device=device), bool({'is', 'kid', 'precision', 'recall'} & set(metrics))
+    for s in (reference, samples):                         # before hours of sampling, not after them
+        if isinstance(s, Statistics): check_given(metrics, s, look, s is reference)
+    if isinstance(samples, Statistics) and n not in (None, samples.n):
+        raise ValueError(f'n: {n} came, the statistics are of {samples.n} images; collect(..., n={n}) makes others')
+    options = dict(keep=keep, batch_size=batch_size, device=device)
+    b = reference if isinstance(reference, Statistics) else collect(reference, look, **options)
+    a = samples if isinstance(samples, Statistics) else collect(samples, look, n=n, on_broken=on_broken, **options)
     a.check(b)
-    check_given(metrics, a, b, k)
+    for s in (a, b): check_given(metrics, s, look, s is b)
+    if {'precision', 'recall'} & set(metrics) and not k < min(a.n, b.n):
+        raise ValueError(f'k: {k} neighbours among {min(a.n, b.n)} images; give fewer than there are')
     out = {'n': a.n, 'n_reference': b.n, 'clipped': a.clipped, 'broken': a.broken}
     if 'fid' in metrics: out['fid'] = distance(a, b, 'pooled')
     if 'sfid' in metrics: out['sfid'] = distance(a, b, 'spatial')
     return out | by_fidelity(metrics, a, b, k, seed)
 
-# %% ../nbs/05_metrics.ipynb #26cc50d7
+# %% ../nbs/05_metrics.ipynb #af43270f
 def distance(a:Statistics, b:Statistics, kind:str='pooled') -> float: # or 'spatial'
     "The Fréchet distance of two sets of images."
     return frechet(a.moments[kind].mean, a.moments[kind].cov, b.moments[kind].mean, b.moments[kind].cov)
 
-def check_given(metrics, a, b, k) -> None:
-    "ValueError for a metric whose features were not made, or not kept."
-    has = {'sfid': 'spatial' in a.moments and 'spatial' in b.moments, 'is': a.logits is not None,
-           **{m: a.features is not None and b.features is not None for m in ('kid', 'precision', 'recall')}}
+def check_given(metrics, s:Statistics, look, is_reference:bool) -> None:
+    "ValueError for statistics of another extractor, or without the features that a metric wants."
+    if look is not None and (s.extractor, s.preprocessing) != (look.name, look.preprocessing):
+        k = 'extractor' if s.extractor != look.name else 'preprocessing'
+        raise ValueError(f'{k}: the {"reference" if is_reference else "samples"} was seen by {getattr(s, k)!r}, the other side would be by '
+                         f'{look.name if k == "extractor" else look.preprocessing!r}; make both with the same one')
+    has = {'sfid': 'spatial' in s.moments, 'is': is_reference or s.logits is not None, **{m: s.features is not None for m in ('kid', 'precision', 'recall')}}
     needs = {'sfid': 'spatial features', 'is': 'class logits of the samples'}
     for m in metrics:
         if not has.get(m, True):
-            raise ValueError(f'metrics: {m!r} needs {needs.get(m, "the features of both sides")}, and {a.extractor} or the '
+            raise ValueError(f'metrics: {m!r} needs {needs.get(m, "the features of both sides")}, and {s.extractor} or the '
                              'statistics at hand do not have them; leave it out, or give images '
                              '(statistics keep features with flowbook_fid_stats --features)')
-    if {'precision', 'recall'} & set(metrics) and not 1 <= k < min(a.n, b.n):
-        raise ValueError(f'k: {k} neighbours among {min(a.n, b.n)} images; give 1 or more, and fewer than there are')
 
 def by_fidelity(metrics, a, b, k, seed) -> dict:
     "The metrics that torch-fidelity computes from features; its functions, without its cache."
@@ -527,7 +566,7 @@ def by_fidelity(metrics, a, b, k, seed) -> dict:
         out |= {m: both[m] for m in ('precision', 'recall') if m in metrics}
     return out
 
-# %% ../nbs/05_metrics.ipynb #4e73222d
+# %% ../nbs/05_metrics.ipynb #a62927cf
 def fid_curve(samples:Statistics, reference:Statistics, # with kept features
               ns, seed:int=0) -> list:                 # how many samples: a list of numbers
     "FID of random subsets of `samples` of the sizes `ns`."
@@ -547,7 +586,7 @@ def fid_at_infinity(ns, fids) -> tuple: # -> (FID of infinitely many samples, sl
     slope, limit = np.polyfit(1 / np.asarray(ns, dtype=float), fids, 1)
     return float(limit), float(slope)
 
-# %% ../nbs/05_metrics.ipynb #18ab2cf3
+# %% ../nbs/05_metrics.ipynb #5eeb8d68
 def reconstruction(x:Tensor, xhat:Tensor,   # (n, c, h, w) in [-1, 1]; values outside are clipped
                    metrics=('psnr', 'ssim', 'rfid'), # and 'lpips'
                    extractor='inception', *, net:str='vgg', # of LPIPS: 'vgg', 'alex', 'squeeze'
@@ -557,7 +596,9 @@ def reconstruction(x:Tensor, xhat:Tensor,   # (n, c, h, w) in [-1, 1]; values ou
     if wrong := [m for m in metrics if m not in ('psnr', 'ssim', 'lpips', 'rfid')]:
         raise ValueError(f'metrics: {wrong[0]!r}; choose of psnr, ssim, lpips, rfid')
     if x.shape != xhat.shape: raise ValueError(f'xhat: shape {tuple(xhat.shape)} came for images {tuple(x.shape)}; give the same')
+    check_whole(batch_size=batch_size)
     x, xhat = (check_images(t.detach().float().clamp(-1, 1)) for t in (x, xhat))
+    if not len(x): raise ValueError('x: no images came; give one or more')
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
     sigma = 1.5 if min(x.shape[2:]) >= 11 else .5           # the usual window has 11 pixels; a small image has fewer
     each = {'psnr': lambda a, b: peak_signal_noise_ratio(b, a, data_range=2., dim=(1, 2, 3), reduction='none'),
@@ -569,7 +610,7 @@ def reconstruction(x:Tensor, xhat:Tensor,   # (n, c, h, w) in [-1, 1]; values ou
     if 'rfid' in metrics: out['rfid'] = evaluate(xhat, x, 'fid', extractor, batch_size=batch_size, device=device)['fid']
     return out
 
-# %% ../nbs/05_metrics.ipynb #0d7c6a18
+# %% ../nbs/05_metrics.ipynb #ae0b313d
 def lpips(net:str='vgg', device='cpu'):
     "LPIPS (Zhang et al., 2018) of two batches in [-1, 1] -> (b,), differentiable, by torchmetrics; ValueError without its weights."
     from urllib.error import URLError

@@ -6,21 +6,21 @@
 __all__ = ['FLOWS', 'bits_per_dim', 'PointsFlow', 'show_density_1d', 'show_density_2d', 'spiral', 'condition', 'is_broken',
            'Shift', 'train_flow', 'Dequantize', 'GaussianNoise']
 
-# %% ../nbs/06_noise.ipynb #ee5cd7d7
+# %% ../nbs/06_noise.ipynb #9a638bbd
 import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .data import batches, load
-from .flows import Flow, check_vector
+from .flows import Flow, check_vector, check_y
 from .tarflow import TarFlow
 from .train import Dequantize, DropLabels, GaussianNoise, ema, fit, keyed_uniform, mean_nll, to_bits
 _all_ = ['Dequantize', 'GaussianNoise']               # the transforms of chapter 02: `from flowbook.noise import ...` finds them, too
 
-# %% ../nbs/06_noise.ipynb #f383cc6e
+# %% ../nbs/06_noise.ipynb #87eca7ce
 # Axis legend of this module: b batch, d dimensions of a vector, m data points, c h w image.
 
-# %% ../nbs/06_noise.ipynb #57f4a506
+# %% ../nbs/06_noise.ipynb #492b5754
 @torch.no_grad()
 def bits_per_dim(flow:Flow, data,        # a dataset, or images (b, c, h, w) exactly on their levels in [-1, 1]
                  y=None,                 # labels of images; a dataset brings its own
@@ -28,8 +28,11 @@ def bits_per_dim(flow:Flow, data,        # a dataset, or images (b, c, h, w) exa
                  levels:int=None,        # of images; a dataset knows its own
                  seed:int=1, batch_size:int=250) -> float:
     "Mean bits per dimension of discrete images under uniform dequantization: an upper bound of the code length. TARFlow §2.4."
+    for name, v in (('samples', samples), ('batch_size', batch_size)):
+        if not isinstance(v, int) or isinstance(v, bool) or v < 1: raise ValueError(f'{name}: {v!r}; a whole number, 1 or more')
     x, y, levels = _discrete(data, y, levels)
-    if not isinstance(samples, int) or samples < 1: raise ValueError(f'samples: {samples!r}; draws an image, 1 or more')
+    if flow.classes: check_y(y, flow.classes, len(x))
+    x = x.to(next(flow.parameters()).dtype)
     device, g, total = next(flow.parameters()).device, torch.Generator().manual_seed(seed), 0.
     for i in torch.arange(len(x)).split(batch_size):
         grid, label = (levels - 1) * (x[i] + 1) / 2, None if y is None or not flow.classes else y[i].to(device)
@@ -40,70 +43,82 @@ def bits_per_dim(flow:Flow, data,        # a dataset, or images (b, c, h, w) exa
 def _discrete(data, y, levels):
     "(images, labels or None, levels); ValueError for images that are not discrete."
     if hasattr(data, 'batch'):
+        if levels not in (None, data.levels): raise ValueError(f'levels: {levels} came, the dataset has {data.levels}; leave it out')
         x, own = data.batch(range(len(data)))
         return x, own if y is None else y, data.levels
-    if not isinstance(data, Tensor) or data.ndim != 4: raise ValueError('data: give a dataset, or images (b, c, h, w)')
+    if not isinstance(data, Tensor) or data.ndim != 4 or not data.is_floating_point():
+        raise ValueError('data: give a dataset of `load`, or floating point images (b, c, h, w) in [-1, 1]')
     if levels is None: raise ValueError('levels: missing; say how many values a pixel has, 256 for 8 bits')
+    if not isinstance(levels, int) or levels < 2: raise ValueError(f'levels: {levels!r}; a whole number, 2 or more')
     at = (data + 1) * (levels - 1) / 2
     if not data.numel() or not bool(((at - at.round()).abs() < 1e-3).all() and data.abs().max() <= 1):
         raise ValueError(f'data: values between the {levels} levels, or outside of [-1, 1]; bits per dimension count the '
                          'bits of discrete images, give them without noise')
     return data, y, levels
 
-# %% ../nbs/06_noise.ipynb #786bda83
+# %% ../nbs/06_noise.ipynb #ee37bdbb
 class PointsFlow(Flow):
     "The exact autoregressive flow of data points plus Gaussian noise, q = mean of N(x_k, sigma^2): Knothe-Rosenblatt."
     def __init__(self, points:Tensor,    # (m, d)
                  sigma:float):           # standard deviation of the noise
         super().__init__()
-        check_vector(points, points.shape[-1], 'points')
-        if not (sigma > 0 and math.isfinite(sigma)): raise ValueError(f'sigma: {sigma}; a mixture needs a noise above 0')
+        check_vector(points, points.shape[-1] if points.ndim else 0, 'points')
+        if not len(points) or not points.isfinite().all(): raise ValueError(f'points: {tuple(points.shape)} with {int((~points.isfinite()).sum())} numbers that are not finite; give one finite point or more')
+        if isinstance(sigma, bool) or not isinstance(sigma, (int, float)) or not (sigma > 0 and math.isfinite(sigma)): raise ValueError(f'sigma: {sigma}; a mixture needs a noise above 0')
         self.points, self.sigma = torch.nn.Parameter(points.detach().clone(), requires_grad=False), sigma
         self.z_shape = (points.shape[1],)
 
-    def conditional(self, x, i, log_w):  # distribution function and log-density of coordinate i
+    def conditional(self, x, i, log_w):  # both tails of the distribution of coordinate i, and its log-density
         u = (x[:, None] - self.points[:, i]) / self.sigma                       # (b, m)
         log_n = -.5 * u**2 - math.log(self.sigma) - .5 * math.log(2 * math.pi)
         log_w = log_w - log_w.logsumexp(1, keepdim=True)
-        cdf = (log_w.exp() * torch.special.ndtr(u)).sum(1)
-        return cdf, (log_w + log_n).logsumexp(1), log_w + log_n                 # (b,), (b,), (b, m)
+        tail = lambda v: (log_w.exp() * .5 * torch.erfc(v / 2**.5)).sum(1)      # 1 - F has no digits left where F is near 1
+        return tail(-u), tail(u), (log_w + log_n).logsumexp(1), log_w + log_n   # (b,), (b,), (b,), (b, m)
 
     def forward(self, x, y=None):        # (b, d)
         check_vector(x, self.z_shape[0])
         log_w, zs, logdet = x.new_zeros(len(x), len(self.points)), [], 0.
         for i in range(self.z_shape[0]):
-            cdf, log_f, log_w = self.conditional(x[:, i], i, log_w)
-            z = torch.special.ndtri(cdf)
+            below, above, log_f, log_w = self.conditional(x[:, i], i, log_w)
+            left = below < above
+            z = torch.special.ndtri(torch.where(left, below, above))            # by the smaller tail
+            z = torch.where(left, z, -z)
             zs.append(z)
             logdet = logdet + log_f + .5 * z**2 + .5 * math.log(2 * math.pi)
         return torch.stack(zs, 1), logdet
 
     def inverse(self, z, y=None):        # (b, d); bisection, then one Newton step, which carries the gradient
         check_vector(z, self.z_shape[0], 'z')
-        log_w, xs, reach = z.new_zeros(len(z), len(self.points)), [], 10 * self.sigma
+        log_w, xs, reach = z.new_zeros(len(z), len(self.points)), [], (1 + z.detach().abs().max()) * self.sigma
         for i in range(self.z_shape[0]):
-            target, at = torch.special.ndtr(z[:, i]), self.points[:, i]
+            left, at = z[:, i] < 0, self.points[:, i]
+            target = .5 * torch.erfc(z[:, i].abs() / 2**.5)                     # the smaller tail, which x must have, too
+            def over(x):                                                        # > 0 where x lies too far to the right
+                below, above, log_f, log_n = self.conditional(x, i, log_w)
+                return torch.where(left, below - target, target - above), log_f, log_n
             with torch.no_grad():
                 low, high = (z.new_full((len(z),), float(v)) for v in (at.min() - reach, at.max() + reach))
                 for _ in range(60):
                     mid = (low + high) / 2
-                    under = self.conditional(mid, i, log_w)[0] < target
-                    low, high = torch.where(under, mid, low), torch.where(under, high, mid)
+                    right = over(mid)[0] > 0
+                    low, high = torch.where(right, low, mid), torch.where(right, mid, high)
             x = (low + high) / 2
-            cdf, log_f, _ = self.conditional(x, i, log_w)
-            x = x - (cdf - target) / log_f.exp()
-            log_w = self.conditional(x, i, log_w)[2]
+            miss, log_f, _ = over(x)
+            x = x - miss / log_f.exp()
+            log_w = over(x)[2]
             xs.append(x)
         return torch.stack(xs, 1)
 
     def posterior_mean(self, x:Tensor) -> Tensor: # (b, d): E[clean | noisy], the best guess of what was there
         "The mean of the data points, each weighted by its probability to have become `x`."
-        w = (-.5 * torch.cdist(x, self.points)**2 / self.sigma**2).softmax(1)   # (b, m)
+        check_vector(x, self.z_shape[0])
+        squares = torch.cdist(x, self.points, compute_mode='donot_use_mm_for_euclid_dist')**2   # the fast way loses digits
+        w = (-.5 * squares / self.sigma**2).softmax(1)                          # (b, m)
         return w @ self.points
 
     def sparsity(self): return torch.ones(self.z_shape[0], self.z_shape[0], dtype=torch.bool).tril()
 
-# %% ../nbs/06_noise.ipynb #29c5df36
+# %% ../nbs/06_noise.ipynb #b7a61fbc
 def show_density_1d(sigma:float, points=(-.7, -.2, .6), axes=None):
     "Three points with noise sigma: their density, and the exact flow between x and z. Returns the figure."
     import matplotlib.pyplot as plt
@@ -112,12 +127,12 @@ def show_density_1d(sigma:float, points=(-.7, -.2, .6), axes=None):
     fig, axes = (None, axes) if axes is not None else plt.subplots(1, 2, figsize=(7, 2.4))
     with torch.no_grad(): density, inverse = flow.log_prob(x).exp(), flow.inverse(z)[:, 0]
     slope = ((inverse[1:] - inverse[:-1]) / (z[1] - z[0])).max().item()
-    axes[0].plot(x, density.nan_to_num(0), 'k'); axes[0].plot(points, [0] * len(points), 'C3^', clip_on=False)
+    axes[0].plot(x.numpy(), density.nan_to_num(0).numpy(), 'k'); axes[0].plot(points, [0] * len(points), 'C3^', clip_on=False)
     axes[0].set(xlabel='x', ylabel='q(x)', xlim=(-1.5, 1.5), ylim=(0, None), title=f'density, sigma {sigma:.3g}')
-    axes[1].plot(z, inverse, 'C0'); axes[1].set(xlabel='z', ylabel='x', xlim=(-3, 3), ylim=(-1.5, 1.5), title=f'inverse flow, steepest slope {slope:.3g}')
+    axes[1].plot(z.numpy(), inverse.numpy(), 'C0'); axes[1].set(xlabel='z', ylabel='x', xlim=(-3, 3), ylim=(-1.5, 1.5), title=f'inverse flow, steepest slope {slope:.3g}')
     return fig or axes[0].figure
 
-# %% ../nbs/06_noise.ipynb #db696ea2
+# %% ../nbs/06_noise.ipynb #ba7e89fd
 def show_density_2d(sigma:float, points:Tensor=None, ax=None): # points (m, 2)
     "Data points with noise sigma: density, and a straight grid of z pulled back into x. Returns the figure."
     import matplotlib.pyplot as plt
@@ -127,11 +142,11 @@ def show_density_2d(sigma:float, points:Tensor=None, ax=None): # points (m, 2)
     s = torch.linspace(-1.6, 1.6, 120, dtype=torch.float64)
     grid = torch.stack(torch.meshgrid(s, s, indexing='xy'), -1).flatten(0, 1)
     log_q = -.5 * torch.cdist(grid, points)**2 / sigma**2
-    ax.imshow(log_q.logsumexp(1).exp().view(120, 120), origin='lower', extent=(-1.6, 1.6, -1.6, 1.6), cmap='Greys', aspect='equal')
+    ax.imshow(log_q.logsumexp(1).exp().view(120, 120).numpy(), origin='lower', extent=(-1.6, 1.6, -1.6, 1.6), cmap='Greys', aspect='equal')
     lines, along = torch.linspace(-2, 2, 9, dtype=torch.float64), torch.linspace(-2.5, 2.5, 150, dtype=torch.float64)
     z = torch.stack([torch.stack([c.expand(150), along], 1) for c in lines] + [torch.stack([along, c.expand(150)], 1) for c in lines])
     with torch.no_grad(): x = flow.inverse(z.flatten(0, 1)).view(18, 150, 2)
-    for i, line in enumerate(x): ax.plot(*line.T, color='C0' if i < 9 else 'C3', lw=.6)
+    for i, line in enumerate(x): ax.plot(*line.T.numpy(), color='C0' if i < 9 else 'C3', lw=.6)
     ax.set(xlim=(-1.6, 1.6), ylim=(-1.6, 1.6), xticks=[], yticks=[], title=f'sigma {sigma:.3g}')
     return ax.figure
 
@@ -140,21 +155,26 @@ def spiral(m:int=40) -> Tensor: # (m, 2), float64
     t = torch.linspace(.15, 1, m, dtype=torch.float64)
     return 1.2 * torch.stack([t * torch.cos(2.6 * math.pi * t), t * torch.sin(2.6 * math.pi * t)], 1)
 
-# %% ../nbs/06_noise.ipynb #66a9194a
+# %% ../nbs/06_noise.ipynb #daf0f08d
 def condition(flow:Flow, x:Tensor, y=None) -> tuple: # x (b, ...) -> largest (b,), condition number (b,)
     "The largest singular value of dx/dz at each `x`, and its ratio to the smallest; one backward pass a dimension."
-    x = x.detach().clone().requires_grad_()
-    z = flow(x, y)[0].flatten(1)
-    grad = lambda j: torch.autograd.grad(z[:, j].sum(), x, retain_graph=True)[0].flatten(1)   # samples do not meet: one sum serves all
-    s = torch.linalg.svdvals(torch.stack([grad(j) for j in range(z.shape[1])], 1).double())    # of dz/dx, descending
-    return 1 / s[:, -1], s[:, 0] / s[:, -1]
+    with torch.inference_mode(False), torch.enable_grad():                      # a measurement may stand in a no_grad block
+        x = x.detach().clone().requires_grad_()
+        z = flow(x, y.clone() if isinstance(y, Tensor) else y)[0].flatten(1)
+        grad = lambda j: torch.autograd.grad(z[:, j].sum(), x, retain_graph=True)[0].flatten(1)   # samples do not meet: one sum serves all
+        J = torch.stack([grad(j) for j in range(z.shape[1])], 1).cpu().double()                   # (b, d, d) dz/dx
+    whole = J.isfinite().flatten(1).all(1)
+    s = torch.linalg.svdvals(J[whole])                                          # descending
+    largest, ratio = (torch.full((len(J),), math.inf, dtype=torch.float64) for _ in range(2))    # infinite where it overflows
+    largest[whole], ratio[whole] = 1 / s[:, -1], s[:, 0] / s[:, -1]
+    return largest, ratio
 
 def is_broken(x:Tensor, sigma:float=0.) -> Tensor: # (b, ...) samples -> (b,) bool
     "Samples that hold NaN or infinity, or values which no image in [-1, 1] with noise sigma reaches (6 sigma beyond, at least 1)."
     flat = x.flatten(1)
     return ~flat.isfinite().all(1) | (flat.abs() > 1 + max(1., 6 * sigma)).any(1)
 
-# %% ../nbs/06_noise.ipynb #4081f6bb
+# %% ../nbs/06_noise.ipynb #36a4d174
 _DIGITS = dict(data='digits', steps=2000, lr=7e-3, batch_size=64, average=.99, weight_decay=.1, classes=10, model=dict(
     image_size=8, channels=1, patch_size=2, dim=48, blocks=8, layers=1, head_dim=24))
 FLOWS = {**{f'digits-{sigma}': {**_DIGITS, 'sigma': sigma} for sigma in (.05, .1, .2, .4)},

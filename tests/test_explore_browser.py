@@ -107,6 +107,16 @@ class Page:
     def shown(self, name): return array(base64.b64decode(p)) if (p := self.driver.execute_async_script(PIXELS, f'img.flowbook-{name}')) else None
     def text(self, name='text'): return self.find(f'.flowbook-{name}').text
 
+    def choose(self, name, wanted=None):
+        "Another option of a menu: the one called `wanted`, or the next."
+        from selenium.webdriver.support.ui import Select
+        e = self.find(f'.flowbook-{name} select')
+        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", e)
+        menu = Select(e)
+        texts = [o.text.replace('\xa0', ' ') for o in menu.options]
+        at = texts.index(menu.first_selected_option.text.replace('\xa0', ' '))
+        menu.select_by_index((at + 1) % len(texts) if wanted is None else texts.index(wanted))
+
     def press(self, name, part, *keys):
         e = self.find(f'.flowbook-{name} {part}')
         self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'}); arguments[0].focus();", e)
@@ -117,7 +127,7 @@ class Page:
         kind = type(widget).__name__
         if kind == 'Checkbox': return self.find(f'.flowbook-{name} input').is_selected()
         if kind == 'Dropdown':
-            label = self.driver.execute_script('return arguments[0].selectedOptions[0].text', self.find(f'.flowbook-{name} select'))
+            label = self.driver.execute_script('return arguments[0].selectedOptions[0].text', self.find(f'.flowbook-{name} select')).replace('\xa0', ' ')
             return dict((o, o) if isinstance(o, str) else o for o in widget.options)[label]
         shown = self.find(f'.flowbook-{name} .widget-readout').text.strip()
         return int(shown) if kind == 'IntSlider' else float(shown)
@@ -158,22 +168,26 @@ def test_every_control_of_both_panels_in_jupyterlab(driver, lab):
         cells = script(CELLS)
         return all(c['count'] is not None and c['state'] in ('idle', None) for c in cells) and script(STATUS) == 'idle'
     wait_for(finished, 300, 'all cells')
-    page, right, down, left = Page(driver), Keys.ARROW_RIGHT, Keys.ARROW_DOWN, Keys.ARROW_LEFT
+    page, right, left = Page(driver), Keys.ARROW_RIGHT, Keys.ARROW_LEFT
     assert not page.errors()
 
     ours = explore.Explorer(explore.book_flows())
     twins = explore.make_controls(ours, explore.Setting(next(iter(ours.flows))))
-    def setting(): return explore.Setting(**{k: page.stands(k, w) for k, w in twins.items()})
+    def setting():
+        at = {k: page.stands(k, w) for k, w in twins.items()}
+        if not ours.flow(at['model']).classes: at['gamma'] = 0.      # switched off there, whatever it stands at
+        return explore.Setting(**at)
     def wanted(): return [array(png) for png in explore.render(ours.picture(setting()))[:2]]
     pictures = page.settle(('left', 'right'), wanted, None, 'the panel at its start')
 
     slider, menu = '.noUi-handle', 'select'
-    moves = [('seed', slider, right), ('w', slider, right), ('gamma', slider, right), ('label', menu, down), ('schedule', menu, down), ('block', slider, left),
-             ('denoise', 'input', Keys.SPACE), ('model', menu, down), ('kind', menu, down), ('tau', slider, right)]
+    moves = [('seed', slider, right), ('w', slider, right), ('gamma', slider, right), ('label', menu, None), ('schedule', menu, None), ('block', slider, left),
+             ('denoise', 'input', Keys.SPACE), ('model', menu, None), ('kind', menu, None), ('tau', slider, right)]
     assert {m[0] for m in moves} == set(twins)
     for name, part, key in moves:
         before = setting()
-        page.press(name, part, key)
+        if key is None: page.choose(name)
+        else: page.press(name, part, key)
         wait_for(lambda: setting() != before, 10, f'{name}: the control itself')
         changed = [k for k in twins if getattr(setting(), k) != getattr(before, k)]
         assert changed == [name], f'{name} moved, and {changed} changed'
@@ -181,14 +195,16 @@ def test_every_control_of_both_panels_in_jupyterlab(driver, lab):
         assert 'nats' in page.text() and ' ms' in page.text() and 'Nothing to show' not in page.text()
 
     # what cannot be becomes a sentence, and the panel lives on
-    at = setting().model
-    page.press('model', menu, Keys.END)
-    page.press('kind', menu, Keys.END)
+    page.choose('kind', 'star (product of Gaussians)')
+    page.choose('model', 'digits, sigma 0.1, no classes')
     wait_for(lambda: 'has none; choose' in page.text(), 30, 'a sentence about a flow without classes')
-    page.press('model', menu, Keys.HOME)
+    page.choose('kind', 'temperature')                               # the ends of the temperature and of the weight
+    page.press('tau', slider, Keys.HOME)
     page.press('w', slider, Keys.END)
-    page.press('kind', menu, Keys.HOME, down)
-    assert setting().model != at and setting().w == 10. and setting().kind == 'class'
+    assert setting().w == 10. and setting().tau == .1
+    pictures = page.settle(('left', 'right'), wanted, pictures, 'w = 10, tau = 0.1')
+    page.choose('kind', 'class')
+    page.choose('model', 'digits, sigma 0.1')
     page.press('seed', slider, right)
     pictures = page.settle(('left', 'right'), wanted, pictures, 'w = 10')
     assert 'broken' in page.text() and 'drawn grey' in page.text()

@@ -165,7 +165,7 @@ def test_statistics_are_kept_and_mismatches_refused(tmp_path):
     a, b = evaluate(x, path, ('fid', 'sfid', 'kid', 'precision', 'recall'), 'digits'), evaluate(x, load('digits'), ('fid', 'sfid', 'kid', 'precision', 'recall'), 'digits')
     assert a == pytest.approx(b, abs=1e-6)
     other = module_extractor(torch.nn.Flatten(), 'pixels')
-    with pytest.raises(ValueError, match='extractor: the samples were seen by'): evaluate(x, back, 'fid', other)
+    with pytest.raises(ValueError, match='extractor: the reference was seen by'): evaluate(x, back, 'fid', other)
     big = digits_extractor()
     resized = type(big)(big.net, big.name, channels=1, size=8, note='another way to resize')
     with pytest.raises(ValueError, match='preprocessing: .*another way'): evaluate(x, back, 'fid', resized)
@@ -212,7 +212,7 @@ def test_bad_sources(source, says):
 
 
 @pytest.mark.parametrize('kw,says', [(dict(metrics='fdi'), 'choose of fid'), (dict(extractor='clip'), "'inception' or 'digits'"), (dict(n=1), '2 images or more'),
-                                     (dict(metrics='precision', k=0), 'neighbours'), (dict(metrics='precision', k=400), 'neighbours')])
+                                     (dict(metrics='precision', k=0), '1 or more'), (dict(metrics='precision', k=400), 'neighbours')])
 def test_bad_arguments(kw, says):
     with pytest.raises(ValueError, match=says): evaluate(digits(), digits(), **{'metrics': 'fid', 'extractor': 'digits', **kw})
 

@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['NAMES', 'parser', 'draw', 'pick_guidance', 'known_noise', 'bits', 'main', 'judged', 'table', 'cli']
 
-# %% ../../nbs/16_evaluate.ipynb #31033475
+# %% ../../nbs/16_evaluate.ipynb #430e85b1
 import argparse, json, sys, time
 import torch
 from torch import distributed as dist
-from ..data import load, save_images
+from ..data import keyed, load, save_images
 from ..denoise import denoise
-from ..guidance import SCHEDULES, ClassGuidance, Guidance, StarGuidance, TemperatureGuidance, guided_sample
-from ..metrics import METRICS, agreement, digit_classifier, evaluate, load_statistics, ranks
-from .fid_stats import add_source, join_ranks, pick_extractor
+from ..guidance import SCHEDULES, ClassGuidance, Guidance, StarGuidance, TemperatureGuidance, guided_inverse
+from ..metrics import METRICS, agreement, digit_classifier, evaluate, gathered, load_statistics, ranks
+from .fid_stats import add_source, can_write, join_ranks, pick_extractor
 from ..tarflow import TarFlow
 from ..train import Dequantize, GaussianNoise, mean_nll, to_bits
 
-# %% ../../nbs/16_evaluate.ipynb #37c3bee9
+# %% ../../nbs/16_evaluate.ipynb #7fa565b7
 def parser() -> argparse.ArgumentParser:
     "The command line of `flowbook_evaluate`."
     p = argparse.ArgumentParser('flowbook_evaluate', description='Samples of a checkpoint against real images (chapter 05), and bits/dim.')
@@ -25,7 +25,8 @@ def parser() -> argparse.ArgumentParser:
     add('checkpoint', help='a folder of save_pretrained, or the name of a checkpoint of the book')
     add_source(add)
     add('--reference', help='statistics of flowbook_fid_stats (default: the training images of --data)')
-    add('--n', type=int, help='samples to draw (default: as many as the reference has, at most 50,000)')
+    add('--samples', '--n', dest='n', type=int,
+        help='samples to draw (default: as many as the reference has, at most 50,000; under torchrun write --samples)')
     add('--metrics', default='auto', help=f'of {",".join(METRICS)} (default: all that the reference allows)')
     add('--noise', help="of bits/dim: a sigma, or 'uniform' (default: what the card of the checkpoint says)")
     add('--guidance', choices=('none', 'class', 'temperature', 'star'), default='none', help='of the samples, chapter 08 (default: %(default)s)')
@@ -38,16 +39,16 @@ def parser() -> argparse.ArgumentParser:
     add('--json', action='store_true', help='print JSON instead of a table')
     return p
 
-# %% ../../nbs/16_evaluate.ipynb #b5f73582
+# %% ../../nbs/16_evaluate.ipynb #a2105621
 def draw(flow, a, n:int, sigma:float, watch=lambda x, y: None):
     "Batches of this rank's share of `n` samples; `watch` sees each batch with its labels."
     guidance = pick_guidance(a)
     rank = dist.get_rank() if ranks() > 1 else 0
-    mine = torch.arange(n)[rank::ranks()]
-    g = torch.Generator().manual_seed(a.seed * 1_000_003 + rank)
-    for index in mine.split(a.batch_size):
-        y = (index % flow.classes).to(next(flow.parameters()).device) if flow.classes else None
-        x = guided_sample(flow, len(index) if y is None else y, guidance, g)
+    like, scale = next(flow.parameters()), torch.as_tensor(flow.prior_var).sqrt()
+    normal = lambda i: torch.from_numpy(keyed(a.seed, 0, int(i), 'sample').standard_normal(flow.z_shape, dtype='float32'))
+    for index in torch.arange(n)[rank::ranks()].split(a.batch_size):
+        y = (index % flow.classes).to(like.device) if flow.classes else None
+        with torch.inference_mode(): x = guided_inverse(flow, torch.stack([normal(i) for i in index]).to(like) * scale, y, guidance)
         if a.denoise: x = denoise(flow, x, sigma, y)
         watch(x, None if y is None else y.cpu())
         yield x
@@ -70,7 +71,7 @@ def bits(flow, noise, data, batch_size:int) -> dict:
     if noise == 'uniform': return {'noise': noise, 'bits_per_dim': to_bits(mean_nll(flow, data, [Dequantize(data.levels)], batch_size=batch_size), data.levels)}
     return {'noise': noise, 'bits_per_dim': to_bits(mean_nll(flow, data, [GaussianNoise(noise)], batch_size=batch_size))}
 
-# %% ../../nbs/16_evaluate.ipynb #2ff6a979
+# %% ../../nbs/16_evaluate.ipynb #0ac31fd0
 def main(argv=None) -> dict:
     "Evaluate a checkpoint; print a table or JSON (on rank 0) and return the numbers."
     a = parser().parse_args(argv)
@@ -78,11 +79,15 @@ def main(argv=None) -> dict:
         if (v := getattr(a, k)) is not None and v < 1: raise ValueError(f'--{k.replace("_", "-")}: {v}; it must be 1 or more')
     rank, device = join_ranks(a.device)
     flow = TarFlow.from_pretrained(a.checkpoint, device=device)
-    train, test = (load(a.data, s, a.root, a.image_size) for s in ('train', 'test'))
-    if tuple(train.shape) != tuple(flow.image_shape):
+    if a.save: can_write(a.save, '--save')
+    a.data = a.data or ('digits' if flow.image_shape == (1, 8, 8) else None)
+    if a.data is None and not a.reference:
+        raise ValueError(f'--data: missing; give the data of this checkpoint, which draws {tuple(flow.image_shape)}, or --reference')
+    train, test = (load(a.data, s, a.root, a.image_size) if a.data else None for s in ('train', 'test'))
+    if train is not None and tuple(train.shape) != tuple(flow.image_shape):
         raise ValueError(f'--data: {a.data} has images {tuple(train.shape)}, the checkpoint draws {tuple(flow.image_shape)}; '
                          'give the data it was trained on, or --image-size')
-    look = pick_extractor(a, train.shape, device)
+    look = pick_extractor(a, flow.image_shape, device)
     reference = load_statistics(a.reference) if a.reference else train
     count = reference.n if a.reference else len(train)
     n = a.n if a.n is not None else min(count, 50_000)
@@ -94,17 +99,22 @@ def main(argv=None) -> dict:
         raise ValueError(f'--denoise: the noise of this model is {noise or "not on its card"}; give its sigma by --noise')
     def watch(x, y):
         if sum(map(len, first)) < 100: first.append(x.cpu())
-        if look.name.startswith('digits') and y is not None: seen.append(judged(x.cpu(), y))
+        if a.data == 'digits' and flow.image_shape == (1, 8, 8) and y is not None: seen.append(judged(x.cpu(), y))
     out = evaluate(draw(flow, a, n, noise, watch), reference, metrics, look,
                    batch_size=a.batch_size, device=device, on_broken='drop')
     out['seconds'] = time.perf_counter() - started
-    if seen and ranks() == 1: out['agreement'] = sum(seen) / n
+    if seen:
+        right = torch.tensor(sum(seen), dtype=torch.float64, device=device if ranks() > 1 else 'cpu')
+        if ranks() > 1: dist.all_reduce(right)
+        out['agreement'] = right.item() / n
+    first = torch.cat(first)
+    if ranks() > 1: first = gathered(first.to(device)).cpu()
     out = {'checkpoint': str(a.checkpoint), 'extractor': look.name, 'reference': reference.dataset if a.reference else repr(train),
            'parameters': sum(p.numel() for p in flow.parameters()), 'guidance': repr(pick_guidance(a)) if a.guidance != 'none' else 'none',
            'denoised': a.denoise, **out}
-    if rank == 0: out |= bits(flow, noise, test, a.batch_size)
-    if a.save and rank == 0: save_images(torch.cat(first)[:100], a.save)
+    if rank == 0 and test is not None: out |= bits(flow, noise, test, a.batch_size)
     if rank == 0: print(json.dumps(out, indent=2) if a.json else table(out))
+    if rank == 0 and a.save: save_images(first[:100], a.save)
     return out
 
 def judged(x, y) -> int:
@@ -112,7 +122,7 @@ def judged(x, y) -> int:
     whole = x.isfinite().flatten(1).all(1)
     return round(agreement(digit_classifier(), x[whole], y[whole]) * int(whole.sum())) if whole.any() else 0
 
-# %% ../../nbs/16_evaluate.ipynb #20a234dc
+# %% ../../nbs/16_evaluate.ipynb #561dbf56
 NAMES = {'fid': 'FID', 'sfid': 'sFID', 'is': 'Inception Score', 'kid': 'KID', 'precision': 'precision', 'recall': 'recall',
          'agreement': 'agreement', 'bits_per_dim': 'bits/dim'}
 
@@ -127,7 +137,7 @@ def table(out:dict) -> str:
              f'{out["broken"]} broken and left out, {out["clipped"]:.1%} of the values clipped',
              f'reference   {out["reference"]}', f'extractor   {out["extractor"]}', '']
     lines += [f'  {NAMES[k]:16}{out[k]:>10.4g}{spread(k):12}{note.get(k, "")}'.rstrip() for k in NAMES if k in out]
-    if 'bits_per_dim' not in out: lines.append("  bits/dim        left out: the card does not say which noise; give --noise")
+    if 'bits_per_dim' not in out: lines.append('  bits/dim        left out: they need --data, and the noise of the model (its card, or --noise)')
     return '\n'.join(lines)
 
 def cli() -> None:
@@ -137,6 +147,6 @@ def cli() -> None:
     finally:
         if dist.is_available() and dist.is_initialized(): dist.destroy_process_group()
 
-# %% ../../nbs/16_evaluate.ipynb #684b503f
+# %% ../../nbs/16_evaluate.ipynb #743f79c1
 #| eval: false
 if __name__ == '__main__' and '__file__' in globals(): cli()

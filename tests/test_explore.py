@@ -1,0 +1,150 @@
+"""The explorer without a browser: plain functions, every control moved from code, and sentences instead of tracebacks."""
+import dataclasses
+import io
+import math
+
+import pytest
+import torch
+
+from flowbook import explore
+from flowbook.explore import KINDS, SIGMAS, Explorer, Setting, density_png, density_redraw, path_log_prob, redraw, render
+from flowbook.flows import shake
+from flowbook.tarflow import TarFlow
+
+PIL = pytest.importorskip('PIL.Image')
+replace = dataclasses.replace
+
+
+def tiny(classes=3, sigma=.2, seed=0):
+    torch.manual_seed(seed)
+    flow = shake(TarFlow(4, 1, 2, 16, 3, 1, 8, classes=classes), .07, seed=seed).eval()
+    with torch.no_grad():
+        for block in flow.blocks: block.proj_out.bias[:4] = -.6                              # samples of the size of images
+    flow.card = {'sigma': sigma} if sigma else {}
+    return flow
+
+
+@pytest.fixture
+def flows(): return {'a': tiny(), 'b': tiny(seed=1), 'free': tiny(classes=0)}
+
+
+def pixels(png):
+    import numpy as np
+    return np.asarray(PIL.open(io.BytesIO(png)).convert('L')).astype(int)
+
+
+def test_the_picture_is_what_the_library_gives(flows):
+    from flowbook.denoise import denoise
+    from flowbook.guidance import ClassGuidance, guided_sample, score_guidance
+    ex, s = Explorer(flows, n=6), Setting('a', kind='class', w=.5, gamma=2., seed=3)
+    y = torch.arange(6) % 3
+    raw = guided_sample(flows['a'], y, ClassGuidance(.5), torch.Generator().manual_seed(3)).clone()
+    p = ex.picture(s)
+    assert torch.equal(p.left, raw)
+    want = denoise(flows['a'], score_guidance(flows['a'], raw, y, 2 * .2**2), .2, y)
+    assert torch.allclose(p.right, want, atol=1e-5)
+    assert p.nats_left == pytest.approx(flows['a'].log_prob(raw, y).mean().item(), abs=1e-3)
+    assert p.nats_right == pytest.approx(flows['a'].log_prob(want, y).mean().item(), abs=1e-3) and p.ms > 0
+
+
+def test_the_path_has_a_density_at_every_block(flows):
+    ex, s = Explorer(flows, n=4), Setting('a')
+    path, y = ex.samples(s), torch.arange(4) % 3
+    assert len(path) == 4 and torch.equal(path[-1], ex.picture(s).left)
+    flow = flows['a']
+    assert torch.allclose(path_log_prob(flow, path[-1], 0, y), flow.log_prob(path[-1], y), atol=1e-4)
+    z = flow.to_parts(path[0])
+    assert torch.allclose(path_log_prob(flow, path[0], 3, y), torch.distributions.Normal(0., 1.).log_prob(z).sum((1, 2)), atol=1e-4)
+    for k in range(4): assert torch.equal(ex.picture(replace(s, block=k)).left, path[k])
+    assert torch.equal(ex.picture(replace(s, block=0)).right, ex.picture(s).right)         # the right one is the finished sample
+
+
+def test_what_comes_later_does_not_sample_again_and_few_paths_are_kept(flows):
+    ex, s = Explorer(flows, n=2), Setting('a', kind='class')
+    first = ex.samples(s)
+    for other in (replace(s, denoise=False), replace(s, gamma=3.), replace(s, block=1), replace(s, tau=.3)): assert ex.samples(other) is first
+    for other in (replace(s, w=3.), replace(s, seed=1), replace(s, schedule='linear'), replace(s, label=1), replace(s, model='b')): assert ex.samples(other) is not first
+    for seed in range(30): ex.samples(replace(s, seed=seed))
+    assert len(ex.paths) == ex.keep
+
+
+def test_every_control_changes_the_picture(flows):
+    pytest.importorskip('ipywidgets')
+    panel = explore.panel(flows, Setting('a', kind='temperature', w=1., gamma=1.), n=4)
+    assert set(panel.controls) == {f.name for f in dataclasses.fields(Setting)}
+    moves = {'model': 'b', 'label': 2, 'kind': 'class', 'w': 3., 'tau': .5, 'schedule': 'linear', 'denoise': False, 'gamma': 4., 'seed': 7, 'block': 1}
+    assert set(moves) == set(panel.controls)
+    for name, value in moves.items():
+        panel = explore.panel(flows, Setting('a', kind='temperature', w=1., gamma=1.), n=4)
+        before = [w.value for w in panel.images]
+        panel.controls[name].value = value
+        after, s = [w.value for w in panel.images], explore.setting_of(panel.controls)
+        assert getattr(s, name) == value and after != before, name
+        assert after == list(render(Explorer(flows, n=4).picture(s))[:2]), name
+        assert ' ms' in panel.text.value and 'Nothing to show' not in panel.text.value
+
+
+def test_controls_follow_the_model_and_a_mistake_is_a_sentence(flows):
+    pytest.importorskip('ipywidgets')
+    flows['deep'] = shake(TarFlow(4, 1, 2, 16, 5, 1, 8, classes=7))                          # more blocks and classes, and no card
+    panel = explore.panel(flows, Setting('a', label=2), n=4)
+    c = panel.controls
+    assert c['tau'].disabled and c['w'].disabled and not c['gamma'].disabled
+    c['model'].value = 'free'
+    assert c['label'].disabled and c['gamma'].disabled and 'no classes' in panel.text.value
+    c['kind'].value = 'star'
+    assert 'has none; choose' in panel.text.value and 'Traceback' not in panel.text.value
+    c['kind'].value = 'none'; c['model'].value = 'deep'
+    assert c['block'].max == c['block'].value == 5 and len(c['label'].options) == 8 and c['denoise'].disabled and 'not known' in panel.text.value
+    c['model'].value = 'a'
+    assert c['block'].max == 3 and 'Nothing' not in panel.text.value
+
+
+def test_extremes_show_samples_or_a_sentence(flows):
+    flows['wild'] = shake(tiny(), .8)                                                        # overflows on purpose
+    ex, seen = Explorer(flows, n=4), set()
+    for name in flows:
+        for kind in KINDS:
+            for w, tau, gamma in ((0., .1, 0.), (10., .1, 10.), (10., 5., 10.)):
+                left, right, text = redraw(ex, Setting(name, kind=kind, w=w, tau=tau, gamma=gamma))
+                assert pixels(left).size and pixels(right).size and 'Error' not in text and 'Traceback' not in text
+                seen |= {k for k in ('broken', 'has none', 'nats') if k in text}
+    assert seen == {'broken', 'has none', 'nats'}
+
+
+@pytest.mark.parametrize('change,says', [
+    (dict(model='c'), 'choose of'), (dict(label=3), '0 to 2'), (dict(label=-2), '0 to 2'), (dict(label=1.5), '0 to 2'), (dict(kind='clas'), 'choose of'), (dict(w=-1.), '0 or more'), (dict(w=math.nan), '0 or more'),
+    (dict(tau=0.), 'above 0'), (dict(tau=-1.), 'above 0'), (dict(schedule='cosine'), 'constant'), (dict(gamma=-1.), '0 or more'), (dict(gamma=math.inf), '0 or more'), (dict(seed=-1), '0 or more'),
+    (dict(block=4), '3 blocks'), (dict(block=-1), '3 blocks')])
+def test_bad_settings(flows, change, says):
+    ex, s = Explorer(flows, n=2), Setting('a', **change) if 'model' not in change else Setting(**change)
+    with pytest.raises(ValueError, match=says): ex.picture(s)
+    text = redraw(ex, s)[2]
+    assert 'Nothing to show' in text and 'Traceback' not in text
+
+
+def test_bad_explorers(flows):
+    for args, says in ((({},), 'none were given'), (({'a': torch.nn.Linear(1, 1)},), 'takes TarFlow'), ((flows, 0), '1 to 1024'), ((flows, 4, -1.), 'above 0')):
+        with pytest.raises(ValueError, match=says): Explorer(*args)
+    with pytest.raises(ValueError, match='give sigma='): Explorer(tiny(sigma=None)).picture(Setting('model'))
+    with pytest.raises(ValueError, match='has no classes'): Explorer(flows).picture(Setting('free', gamma=1.))
+
+
+def test_the_density_panel():
+    pytest.importorskip('ipywidgets')
+    panel = explore.density_panel(.2)
+    seen = [tuple(w.value for w in panel.images)]
+    for sigma in (SIGMAS[0], SIGMAS[-1]):
+        panel.controls['sigma'].value = sigma
+        seen.append(tuple(w.value for w in panel.images))
+        assert all(abs(pixels(a) - pixels(b)).max() <= 2 for a, b in zip(seen[-1], density_png(sigma)))
+    assert len(set(seen)) == 3
+    for bad in (0., -1., math.nan):
+        with pytest.raises(ValueError, match='above 0'): density_png(bad)
+        assert 'Nothing to show' in density_redraw(bad)[2]
+
+
+def test_the_flows_of_the_book():
+    flows = explore.book_flows()
+    assert {'digits, sigma 0.05', 'digits, sigma 0.1', 'digits, sigma 0.2', 'digits, sigma 0.4', 'digits, sigma 0.1, no classes', 'mnist5k, sigma 0.2'} <= set(flows)
+    assert all(f.card['sigma'] and not f.training for f in flows.values())
