@@ -327,3 +327,58 @@ def test_flowbook_evaluate(tmp_path):
     assert guided['denoised'] and guided['guidance'] == 'ClassGuidance(0.5, constant)'
     assert 'there is no folder' in command('nothing', ok=False)
     assert '96 MB' in command('flow', '--extractor', 'inception', ok=False)
+
+
+@pytest.mark.slow
+def test_two_processes_draw_and_judge_the_samples_of_one(tmp_path):
+    "The command as the chapter has it, under torchrun: one table, the numbers of one process, the first samples in order."
+    def run(launcher, name):
+        r = subprocess.run([*launcher, '-m', 'flowbook.scripts.evaluate', 'digits-0.1', '--data', 'digits', '--samples', '150', '--denoise', '--json', '--save', f'{name}.png'],
+                           capture_output=True, text=True, cwd=tmp_path)
+        assert r.returncode == 0 and r.stdout.count('"fid"') == 1, r.stdout + r.stderr
+        return json.loads(r.stdout[r.stdout.index('{'):])
+    one, two = run([sys.executable], 'one'), run([sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2'], 'two')
+    for k in (*METRICS, 'agreement', 'bits_per_dim', 'n'): assert two[k] == pytest.approx(one[k], rel=1e-5, abs=1e-5), k
+    assert (tmp_path/'one.png').read_bytes() == (tmp_path/'two.png').read_bytes()
+
+
+@pytest.mark.parametrize('command,says', [
+    (['evaluate', 'digits-0.1', '--save', 'nowhere.xyz/'], '--save'), (['evaluate', 'digits-0.1', '--device', 'abacus'], 'cpu, cuda or mps'), (['evaluate', 'digits-0.1', '--n', '1'], '2 images or more'),
+    (['evaluate', 'digits-classifier'], 'DigitClassifier'), (['evaluate', 'mnist5k-0.2'], '--data: missing'), (['fid_stats', '--out', 'stats.npz'], '.safetensors'), (['fid_stats', '--batch-size', '0', '--out', 's.safetensors'], '1 or more')])
+def test_mistakes_on_the_command_line_end_with_a_sentence_before_the_work(command, says, tmp_path, monkeypatch):
+    import importlib
+    module = importlib.import_module(f'flowbook.scripts.{command[0]}')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', ['command', *command[1:]])
+    (tmp_path/'nowhere.xyz').mkdir()
+    monkeypatch.setattr(module, 'collect' if command[0] == 'fid_stats' else 'guided_inverse', lambda *a, **k: pytest.fail('the work began'))
+    with pytest.raises(SystemExit) as e: module.cli()
+    assert says in str(e.value) and '\n' not in str(e.value)
+
+
+def test_what_is_known_before_sampling_is_said_before_it(tmp_path):
+    def never():
+        pytest.fail('sampling began')
+        yield
+    plain = collect(digits(), 'digits', keep=False)
+    with pytest.raises(ValueError, match="'kid' needs the features"): evaluate(never(), plain, 'kid', 'digits')
+    with pytest.raises(ValueError, match='the reference was seen by'): evaluate(never(), plain, 'fid', torch.nn.Flatten())
+    with pytest.raises(ValueError, match='kept none'): save_statistics(plain, tmp_path/'s.safetensors', features=True)
+    with pytest.raises(ValueError, match='360 images'): evaluate(plain, plain, 'fid', n=100)
+    assert abs(evaluate(plain, plain, 'fid')['fid']) < 1e-3                      # two statistics need no extractor
+
+
+def test_a_module_in_train_mode_is_left_as_it_is():
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Dropout(.5), torch.nn.Flatten()).train()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    assert abs(evaluate(digits(), digits(), 'fid', net)['fid']) < 1e-2
+    assert all(m.training for m in net.modules()) and all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+@pytest.mark.parametrize('out,says', [(lambda x: x.sum((1, 2, 3)), 'give'), (lambda x: {'logits': x.flatten(1)}, "with 'pooled'"), (lambda x: {'pooled': x}, 'give'), (lambda x: x.flatten(1) * math.nan, 'NaN')])
+def test_what_an_extractor_returns_is_looked_at(out, says):
+    class Net(torch.nn.Module):
+        def forward(self, x): return out(x)
+    net = Net()
+    if says == 'give' and not isinstance(out(digits()[:2]), dict): net.forward = lambda x: {'pooled': out(x)}
+    with pytest.raises(ValueError, match=says): evaluate(digits(), digits(), 'fid', net)

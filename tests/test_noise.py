@@ -108,3 +108,21 @@ def test_the_checkpoints_of_the_book(name):
     assert to_bits(mean_nll(flow, half, [GaussianNoise(c['sigma'])])) == pytest.approx(card['test_bits_per_dim'], abs=.06)
     x = flow.sample(torch.arange(10) if flow.classes else 10, generator=torch.Generator().manual_seed(0))
     assert not is_broken(x, c['sigma']).any()
+
+
+@pytest.mark.parametrize('dtype,far', [(torch.float64, 20.), (torch.float32, 8.)])
+def test_the_exact_flow_keeps_its_digits_in_the_tails(dtype, far):
+    flow = PointsFlow(torch.zeros(1, 1, dtype=dtype), 1.)
+    x = torch.tensor([[-far], [-5.], [5.], [far]], dtype=dtype)
+    z, logdet = flow(x)
+    assert torch.allclose(z, x, rtol=1e-4) and torch.allclose(flow.log_prob(x), torch.distributions.Normal(0., 1.).log_prob(x)[:, 0], rtol=1e-4)
+    assert torch.allclose(flow.inverse(x), x, rtol=1e-4)
+
+
+def test_condition_under_no_grad_and_of_a_flow_that_overflows():
+    s = torch.tensor([.5, 2.]).double()
+    with torch.inference_mode(): assert condition(Scale(s), torch.randn(2, 2).double())[1].tolist() == pytest.approx([4, 4])
+    x = torch.tensor([[1., 1.], [math.nan, 1.]]).double()
+    class Square(Scale):
+        def forward(self, x, y=None): return x**2, x.new_zeros(len(x))
+    assert condition(Square(s), x)[1].tolist() == [1., math.inf]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NAMES', 'parser', 'draw', 'pick_guidance', 'known_noise', 'bits', 'main', 'judged', 'table', 'cli']
 
-# %% ../../nbs/16_evaluate.ipynb #430e85b1
+# %% ../../nbs/16_evaluate.ipynb #d5c5b31d
 import argparse, json, sys, time
 import torch
 from torch import distributed as dist
@@ -17,7 +17,7 @@ from .fid_stats import add_source, can_write, join_ranks, pick_extractor
 from ..tarflow import TarFlow
 from ..train import Dequantize, GaussianNoise, mean_nll, to_bits
 
-# %% ../../nbs/16_evaluate.ipynb #7fa565b7
+# %% ../../nbs/16_evaluate.ipynb #9d359bdd
 def parser() -> argparse.ArgumentParser:
     "The command line of `flowbook_evaluate`."
     p = argparse.ArgumentParser('flowbook_evaluate', description='Samples of a checkpoint against real images (chapter 05), and bits/dim.')
@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     add('--json', action='store_true', help='print JSON instead of a table')
     return p
 
-# %% ../../nbs/16_evaluate.ipynb #a2105621
+# %% ../../nbs/16_evaluate.ipynb #905b2a1c
 def draw(flow, a, n:int, sigma:float, watch=lambda x, y: None):
     "Batches of this rank's share of `n` samples; `watch` sees each batch with its labels."
     guidance = pick_guidance(a)
@@ -71,7 +71,7 @@ def bits(flow, noise, data, batch_size:int) -> dict:
     if noise == 'uniform': return {'noise': noise, 'bits_per_dim': to_bits(mean_nll(flow, data, [Dequantize(data.levels)], batch_size=batch_size), data.levels)}
     return {'noise': noise, 'bits_per_dim': to_bits(mean_nll(flow, data, [GaussianNoise(noise)], batch_size=batch_size))}
 
-# %% ../../nbs/16_evaluate.ipynb #0ac31fd0
+# %% ../../nbs/16_evaluate.ipynb #b437a7f6
 def main(argv=None) -> dict:
     "Evaluate a checkpoint; print a table or JSON (on rank 0) and return the numbers."
     a = parser().parse_args(argv)
@@ -91,6 +91,7 @@ def main(argv=None) -> dict:
     reference = load_statistics(a.reference) if a.reference else train
     count = reference.n if a.reference else len(train)
     n = a.n if a.n is not None else min(count, 50_000)
+    if n < 2 * ranks(): raise ValueError(f'--samples: {n}; a metric needs 2 images or more, and each process one')
     metrics = [m for m in METRICS if not a.reference or reference.features is not None or m in ('fid', 'sfid', 'is')]
     metrics = metrics if a.metrics == 'auto' else a.metrics.split(',')
 
@@ -122,7 +123,7 @@ def judged(x, y) -> int:
     whole = x.isfinite().flatten(1).all(1)
     return round(agreement(digit_classifier(), x[whole], y[whole]) * int(whole.sum())) if whole.any() else 0
 
-# %% ../../nbs/16_evaluate.ipynb #561dbf56
+# %% ../../nbs/16_evaluate.ipynb #606fa4c2
 NAMES = {'fid': 'FID', 'sfid': 'sFID', 'is': 'Inception Score', 'kid': 'KID', 'precision': 'precision', 'recall': 'recall',
          'agreement': 'agreement', 'bits_per_dim': 'bits/dim'}
 
@@ -147,6 +148,6 @@ def cli() -> None:
     finally:
         if dist.is_available() and dist.is_initialized(): dist.destroy_process_group()
 
-# %% ../../nbs/16_evaluate.ipynb #743f79c1
+# %% ../../nbs/16_evaluate.ipynb #1b170e43
 #| eval: false
 if __name__ == '__main__' and '__file__' in globals(): cli()
