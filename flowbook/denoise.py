@@ -6,7 +6,7 @@
 __all__ = ['SWEEP', 'score', 'log_prob_and_score', 'denoise', 'judge_tweedie', 'tweedie', 'judge_noise_sweep', 'train_for_sweep',
            'noise_sweep', 'sampled']
 
-# %% ../nbs/07_denoise.ipynb #5c7e8bd0
+# %% ../nbs/07_denoise.ipynb #ce7e1497
 import math
 import torch
 from torch import Tensor
@@ -20,10 +20,10 @@ from .noise import PointsFlow, condition, is_broken
 from .tarflow import TarFlow
 from .train import Dequantize, DropLabels, GaussianNoise, ema, fit, mean_nll
 
-# %% ../nbs/07_denoise.ipynb #7ce8037f
+# %% ../nbs/07_denoise.ipynb #0f34c71a
 # Axis legend of this module: b batch, d dimensions of a vector, n tokens, c h w image, t block.
 
-# %% ../nbs/07_denoise.ipynb #c191dd7f
+# %% ../nbs/07_denoise.ipynb #21e669d4
 def score(flow:Flow, x:Tensor, y=None,   # (b, ...) points; labels, as `log_prob` takes them
           checkpoint:bool=False,         # recompute every block in the backward pass: less memory, one forward pass more
           ) -> Tensor:                   # (b, ...)
@@ -58,7 +58,7 @@ def _check(flow, x, y):
                          'give a batch of floating point samples (b, ...)')
     check_y(y, flow.classes, len(x))
 
-# %% ../nbs/07_denoise.ipynb #9a1a113e
+# %% ../nbs/07_denoise.ipynb #4ee6718c
 def denoise(flow:Flow, x:Tensor,         # (b, ...) noisy samples
             sigma:float,                 # of the noise that they carry: what the flow was trained with
             y=None, steps:int=1,         # labels; more steps go on towards a mode
@@ -71,7 +71,7 @@ def denoise(flow:Flow, x:Tensor,         # (b, ...) noisy samples
     for _ in range(steps if sigma else 0): x = x + sigma**2 * score(flow, x, y, checkpoint)
     return x
 
-# %% ../nbs/07_denoise.ipynb #f0644415
+# %% ../nbs/07_denoise.ipynb #e440d48a
 def judge_tweedie(results):
     "The verdict on T9."
     exact = identity(max(v for r in results for v in r['error'].values()), 1e-8, 'Tweedie against the posterior mean of mixtures')
@@ -94,7 +94,7 @@ def tweedie(seed, budget):
     mse = lambda v: (v - x).square().mean().item()
     return {'error': error, 'noisy': mse(noisy), 'denoised': mse(denoise(flow, noisy, flow.card['sigma'], y))}
 
-# %% ../nbs/07_denoise.ipynb #8326346c
+# %% ../nbs/07_denoise.ipynb #a2feafb5
 def judge_noise_sweep(results):
     "The verdicts on T7, T8 and T13."
     noises = list(results[0]['noise'])
@@ -110,7 +110,7 @@ def judge_noise_sweep(results):
     together = lower([-v for v in (r['rank_correlation'] for r in results)], [0.] * len(results), ('minus the rank correlation of loss and FID', 'zero'))
     return {'T7': all_of(*better, more), 'T8': all_of(steep, broken), 'T13': together}
 
-# %% ../nbs/07_denoise.ipynb #471b6d34
+# %% ../nbs/07_denoise.ipynb #22d983b6
 SWEEP = {'model': {'dim': 48, 'blocks': 8, 'layers': 1, 'head_dim': 24}, 'lr': 7e-3, 'weight_decay': .1, 'batch_size': 64, 'average': .99}
 
 def train_for_sweep(noise:str, c:dict, seed:int, classes:int=10, looks:int=0): # -> (averaged flow, [(step, flow), ...])
@@ -146,7 +146,7 @@ def noise_sweep(seed, budget):
     correlation = spearmanr([l[1] for l in looks], [l[3] for l in looks]).statistic
     return {'noise': out, 'looks': looks, 'rank_correlation': float(correlation) if math.isfinite(correlation) else 0.}
 
-# %% ../nbs/07_denoise.ipynb #faa62501
+# %% ../nbs/07_denoise.ipynb #abd38a29
 def sampled(flow, noise:str, reference, test, c:dict, seed:int, short:bool=False) -> dict:
     "What `noise_sweep` measures of one flow."
     sigma, y = 0. if noise == 'uniform' else float(noise), torch.arange(c['samples']) % 10

@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'SIGMAS', 'Setting', 'book_flows', 'path_log_prob', 'guidanc
            'to_png', 'render', 'sentence', 'redraw', 'classes_of', 'make_controls', 'adapt', 'setting_of', 'panel',
            'density_png', 'density_redraw', 'density_panel']
 
-# %% ../nbs/17_explore.ipynb #07df6041
+# %% ../nbs/17_explore.ipynb #90c9d83e
 import html, math, time
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -20,10 +20,10 @@ from .guidance import SCHEDULES, ClassGuidance, StarGuidance, TemperatureGuidanc
 from .noise import is_broken, show_density_1d, show_density_2d
 from .tarflow import TarFlow
 
-# %% ../nbs/17_explore.ipynb #e0ee89d7
+# %% ../nbs/17_explore.ipynb #fad85310
 # Axis legend of this module: b batch, n samples of a picture, d numbers in a token, c h w image, t block (counted from 1), T blocks.
 
-# %% ../nbs/17_explore.ipynb #34f55a60
+# %% ../nbs/17_explore.ipynb #6d9159f1
 KINDS = ('none', 'class', 'temperature', 'star')
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Setting:
     seed: int = 0                    # of the latents
     block: int|None = None           # blocks inverted so far: 0 is z, T the image; None: all
 
-# %% ../nbs/17_explore.ipynb #9373062b
+# %% ../nbs/17_explore.ipynb #27152df1
 def book_flows() -> dict: # name -> TarFlow, in the order of their folders
     "The TARFlows that come with the book."
     import json
@@ -53,7 +53,7 @@ def book_flows() -> dict: # name -> TarFlow, in the order of their folders
         flows[folder.name if name in flows else name] = TarFlow.from_pretrained(folder)
     return flows
 
-# %% ../nbs/17_explore.ipynb #0bab5f10
+# %% ../nbs/17_explore.ipynb #5220ff39
 @torch.no_grad()
 def path_log_prob(flow:TarFlow, x:Tensor, # (b, c, h, w) the tokens x^t as images
                   t:int, y=None) -> Tensor: # how many blocks they have passed -> (b,) nats
@@ -64,7 +64,7 @@ def path_log_prob(flow:TarFlow, x:Tensor, # (b, c, h, w) the tokens x^t as image
         logdet = logdet + ld
     return normal_log_prob(x, flow.prior_var) + logdet
 
-# %% ../nbs/17_explore.ipynb #3fef9886
+# %% ../nbs/17_explore.ipynb #0bfbf2ed
 def _number(name:str, v, what:str, ok) -> None:
     "ValueError unless `v` is a finite number for which `ok`."
     if isinstance(v, bool) or not isinstance(v, (int, float)) or not math.isfinite(v) or not ok(v):
@@ -81,7 +81,7 @@ def guidance_of(s:Setting):          # None without guidance
     if s.kind not in KINDS: raise ValueError(f"kind: {s.kind!r}; choose of {', '.join(map(repr, KINDS))}")
     return {'none': None, 'temperature': temperature, 'class': ClassGuidance(s.w, s.schedule), 'star': StarGuidance(s.w, s.schedule)}[s.kind]
 
-# %% ../nbs/17_explore.ipynb #c90bc681
+# %% ../nbs/17_explore.ipynb #7a922fd4
 class Flows:
     "Named flows, what is known of each, and the doors that a setting has to pass."
     def __init__(self, flows,            # a TarFlow, or a dict: name -> TarFlow
@@ -121,7 +121,7 @@ class Flows:
         _whole('seed', s.seed, 0, 2**63 - 1, 'a whole number of 0 or more')
         if s.block is not None: _whole('block', s.block, 0, T, f'this flow has {T} blocks: 0 shows the latents, {T} the image')
 
-# %% ../nbs/17_explore.ipynb #b92d1284
+# %% ../nbs/17_explore.ipynb #dd4a73f0
 class Paths(Flows):
     "The samples of a `Setting`, on their way through the blocks; the last few are remembered."
     def __init__(self, flows, n:int=16, sigma:float=None, keep:int=8): # paths remembered
@@ -148,7 +148,7 @@ class Paths(Flows):
         path = [z] + [x for _, x in inverse_blocks(flow, z, self.labels(s), guidance_of(s))]
         return [unpatchify(x, flow.patch_size, flow.image_shape) for x in path]
 
-# %% ../nbs/17_explore.ipynb #19a8f282
+# %% ../nbs/17_explore.ipynb #40fc29c1
 @dataclass(frozen=True)
 class Picture:
     "What a setting looks like; broken samples hold NaN, which is drawn grey."
@@ -168,7 +168,7 @@ def _some(broken:Tensor, what:str) -> str:
     k = int(broken.sum())
     return f"{k} of {len(broken)} samples {'is' if k == 1 else 'are'} broken{what} (overflow, or far outside of [-1, 1]) and drawn grey." if k else ''
 
-# %% ../nbs/17_explore.ipynb #729a4447
+# %% ../nbs/17_explore.ipynb #0ba5dc60
 def _after(flow:TarFlow, x:Tensor, y, sigma, s:Setting) -> Tensor: # (b, c, h, w) samples, all of them whole
     "The finished samples after the steps that are wanted: gamma, then denoising."
     if s.gamma: x = score_guidance(flow, x, y, s.gamma * sigma**2)
@@ -186,7 +186,7 @@ def _words(s:Setting, flow:TarFlow, sigma, broken_left, broken_right) -> str:
         'This flow has no classes.' if not flow.classes else '',
         'The noise sigma of this flow is not known, so it is not denoised.' if sigma is None else '']))
 
-# %% ../nbs/17_explore.ipynb #8f1548c7
+# %% ../nbs/17_explore.ipynb #d1958cf1
 class Explorer(Paths):
     "The plain functions behind the panel: `samples` and `picture` of a `Setting`."
     def picture(self, s:Setting) -> Picture:
@@ -206,7 +206,7 @@ class Explorer(Paths):
         ms = 1e3 * (time.perf_counter() - start)
         return Picture(_grey(x, lost), _grey(end, ruined), left, right, ms, _words(s, flow, sigma, lost, ruined))
 
-# %% ../nbs/17_explore.ipynb #5dc807cd
+# %% ../nbs/17_explore.ipynb #03dcd32b
 def to_png(x:Tensor,                 # (n, c, h, w) in [-1, 1]
            side:int=240) -> bytes:   # about so many screen pixels wide
     "A square grid of images as a PNG, each pixel enlarged by a whole factor."
@@ -225,7 +225,7 @@ def render(p:Picture) -> tuple:      # (PNG, PNG, HTML)
     text = f'log p (mean): left <b>{nats(p.nats_left)}</b>, right <b>{nats(p.nats_right)}</b>. Computed in {p.ms:.0f} ms.'
     return to_png(p.left), to_png(p.right), text + (f'<br>{html.escape(p.note)}' if p.note else '')
 
-# %% ../nbs/17_explore.ipynb #d7c11653
+# %% ../nbs/17_explore.ipynb #c27209cd
 def sentence(e:Exception) -> str:
     "What went wrong, as HTML for a reader."
     return f"<b>Nothing to show.</b> {html.escape(str(e) if isinstance(e, ValueError) else f'{type(e).__name__}: {e}')}"
@@ -237,7 +237,7 @@ def redraw(explorer:Explorer, s:Setting) -> tuple: # (PNG, PNG, HTML)
     except Exception as e: left, right, text = to_png(torch.zeros(1, 1, 8, 8)), to_png(torch.zeros(1, 1, 8, 8)), sentence(e)
     return left, right, f'{text}<br>Redrawn in {1e3 * (time.perf_counter() - start):.0f} ms.'
 
-# %% ../nbs/17_explore.ipynb #c8687ee7
+# %% ../nbs/17_explore.ipynb #c0c704b2
 def classes_of(flow:TarFlow) -> list:
     "(name, label) of what the class menu offers."
     names = flow.card.get('class_names') or [str(k) for k in range(flow.classes)]
@@ -266,7 +266,7 @@ def make_controls(explorer:Explorer, s:Setting) -> dict: # field of `Setting` ->
     for k, w in controls.items(): w.add_class(f'flowbook-{k}')
     return controls
 
-# %% ../nbs/17_explore.ipynb #9910962c
+# %% ../nbs/17_explore.ipynb #0afa251a
 def adapt(explorer:Explorer, controls:dict) -> None:
     "Fit the menus and ranges to the chosen model, and switch off what has no effect."
     c, name = controls, controls['model'].value
@@ -287,7 +287,7 @@ def setting_of(controls:dict) -> Setting:
     if controls['gamma'].disabled: values['gamma'] = 0.
     return Setting(**{**values, 'denoise': values['denoise'] and not controls['denoise'].disabled})
 
-# %% ../nbs/17_explore.ipynb #4613178b
+# %% ../nbs/17_explore.ipynb #c2ee1ef5
 def panel(flows=None,                # a TarFlow, a dict of them, or an Explorer; None: those of the book
           start:Setting=None,        # where the controls stand at first
           n:int=16, sigma:float=None): # as `Explorer` takes them
@@ -315,7 +315,7 @@ def panel(flows=None,                # a TarFlow, a dict of them, or an Explorer
     box.controls, box.images, box.text, box.explorer = controls, (left, right), text, explorer
     return box
 
-# %% ../nbs/17_explore.ipynb #ba19ea37
+# %% ../nbs/17_explore.ipynb #98da4ff4
 SIGMAS = (.02, .03, .05, .07, .1, .15, .2, .3, .5, .7, 1.)
 
 def density_png(sigma:float) -> tuple: # (PNG, PNG)
@@ -338,7 +338,7 @@ def density_redraw(sigma:float) -> tuple: # (PNG, PNG, HTML)
     except Exception as e: one, two, text = to_png(torch.zeros(1, 1, 8, 8)), to_png(torch.zeros(1, 1, 8, 8)), sentence(e)
     return one, two, f'{text} Redrawn in {1e3 * (time.perf_counter() - start):.0f} ms.'
 
-# %% ../nbs/17_explore.ipynb #a26790c6
+# %% ../nbs/17_explore.ipynb #dd51a369
 def density_panel(sigma:float=.2):   # where the slider stands at first, one of SIGMAS
     "A slider of sigma over a density and its flow; `controls`, `images` and `text` are its attributes."
     import ipywidgets as W

@@ -7,7 +7,7 @@ __all__ = ['SCHEDULES', 'constant', 'linear', 'Guidance', 'check_weight', 'Class
            'guided_inverse', 'guided_sample', 'judge_trajectory', 'trajectory_states', 'TemperatureGuidance',
            'StarGuidance', 'score_guidance', 'judge_guidance_sweep', 'guidance_sweep']
 
-# %% ../nbs/08_guidance.ipynb #6ea192c1
+# %% ../nbs/08_guidance.ipynb #5d6c6f5d
 import math
 import torch
 from torch import Tensor
@@ -18,10 +18,10 @@ from .flows import Flow, check_y, unaffine
 from .metrics import collect, evaluate
 from .tarflow import KVCache, TarFlow, check_tau
 
-# %% ../nbs/08_guidance.ipynb #b20d4a7f
+# %% ../nbs/08_guidance.ipynb #f2761f08
 # Axis legend of this module: b batch, n tokens, d numbers in a token, c h w image, t block (counted from 1), i reading position (from 0).
 
-# %% ../nbs/08_guidance.ipynb #b61fe499
+# %% ../nbs/08_guidance.ipynb #21b362c6
 def constant(i, n:int):                  # reading position(s), tokens -> share of w
     "The same weight at all positions."
     return 1.
@@ -45,7 +45,7 @@ class Guidance:
         "The guided (mu, alpha) at reading position(s) i of n."
         return cond
 
-# %% ../nbs/08_guidance.ipynb #c88a2bd1
+# %% ../nbs/08_guidance.ipynb #815c1be9
 def check_weight(w, schedule) -> None:
     "ValueError for a weight that is no number of 0 or more, or a schedule that is neither a name nor a function."
     if isinstance(w, bool) or not isinstance(w, (int, float)) or not 0 <= w < math.inf:
@@ -72,7 +72,7 @@ class ClassGuidance(Guidance):
 
     def __repr__(self): return f'{type(self).__name__}({self.w}, {getattr(self.schedule, "__name__", self.schedule)})'
 
-# %% ../nbs/08_guidance.ipynb #d1959934
+# %% ../nbs/08_guidance.ipynb #67f3409e
 def inverse_blocks(flow:TarFlow, z:Tensor, y=None, guidance:Guidance=None): # z (b, n, d)
     "Invert block after block, the last first: yields (t, tokens entering block t (b, n, d)). TARFlow Eq. 4, 9."
     guidance = Guidance() if guidance is None else guidance
@@ -116,7 +116,7 @@ def guided_sample(flow:TarFlow, n_or_y, guidance:Guidance=None, generator=None) 
     z = flow.draw(n_or_y if y is None else len(y), generator)
     return guided_inverse(flow, z, None if y is None else y.to(z.device), guidance)
 
-# %% ../nbs/08_guidance.ipynb #daab46c8
+# %% ../nbs/08_guidance.ipynb #290e8c14
 def judge_trajectory(results):
     "The verdict on T17."
     worst = lambda k: max(r[k] for r in results)
@@ -138,7 +138,7 @@ def trajectory_states(seed, budget):
         end = (unpatchify(x, flow.patch_size, flow.image_shape) - flow.inverse(z, y)).abs().max().item()
     return {'end': end, 'steps': steps, 'spread': spread}
 
-# %% ../nbs/08_guidance.ipynb #788366dd
+# %% ../nbs/08_guidance.ipynb #1d92aaa6
 class TemperatureGuidance(Guidance):
     "Away from the prediction of the same network with its attention at temperature tau. TARFlow Eq. 11."
     def __init__(self, w:float, tau:float, schedule='constant'):
@@ -153,7 +153,7 @@ class TemperatureGuidance(Guidance):
         return tuple(c + w * (c - u) for c, u in zip(cond, uncond))
     def __repr__(self): return f'TemperatureGuidance({self.w}, {self.tau}, {getattr(self.schedule, "__name__", self.schedule)})'
 
-# %% ../nbs/08_guidance.ipynb #2c4bfe7c
+# %% ../nbs/08_guidance.ipynb #58968f30
 class StarGuidance(ClassGuidance):
     "The product of Gaussians p_c^(1+w) / p_u^w, in the deep block T (or in all). STARFlow; SimFlow §4.4."
     def __init__(self, w:float, schedule='constant', everywhere:bool=False):
@@ -168,7 +168,7 @@ class StarGuidance(ClassGuidance):
         share = 1 + w - w * s
         return ((1 + w) * mu_c - w * s * mu_u) / share, alpha_c - .5 * torch.as_tensor(share).log()
 
-# %% ../nbs/08_guidance.ipynb #c6bc93d1
+# %% ../nbs/08_guidance.ipynb #0e893718
 def score_guidance(flow:Flow, x:Tensor, y, # (b, ...) samples and their labels
                    gamma:float) -> Tensor:  # length of the step: 0.25 in SimFlow, on latents of variance near 1
     "x + gamma (grad log p(x|y) - grad log p(x)). SimFlow Eq. 6."
@@ -180,7 +180,7 @@ def score_guidance(flow:Flow, x:Tensor, y, # (b, ...) samples and their labels
     if not gamma: return x
     return x + gamma * (score(flow, x, y) - score(flow, x))
 
-# %% ../nbs/08_guidance.ipynb #e262dcb3
+# %% ../nbs/08_guidance.ipynb #177dd441
 def judge_guidance_sweep(results):
     "The verdicts on T10, T11, T12: settings were chosen on other samples than they are judged on."
     get = lambda *keys: [_at(r['judged'], keys) for r in results]
@@ -194,7 +194,7 @@ def _at(d, keys):
     for k in keys: d = d[k]
     return d
 
-# %% ../nbs/08_guidance.ipynb #9117ffc0
+# %% ../nbs/08_guidance.ipynb #8bea72f2
 @experiment('guidance_sweep', claims=('T10', 'T11', 'T12'), verdict=judge_guidance_sweep, seeds={'smoke': 1, 'laptop': 5},
             title='guidance: FID, precision and recall over w, schedule and temperature',
             config={'smoke': {**SWEEP, 'steps': 5, 'noise': '0.1', 'samples': 40, 'ws': [.5, 4.], 'taus': [2.]},

@@ -11,7 +11,7 @@ __all__ = ['INCEPTION_URL', 'INCEPTION_SHA256', 'METRICS', 'DigitClassifier', 'C
            'load_statistics', 'evaluate', 'distance', 'check_given', 'by_fidelity', 'fid_curve', 'fid_at_infinity',
            'reconstruction', 'lpips']
 
-# %% ../nbs/05_metrics.ipynb #a3c7c1f0
+# %% ../nbs/05_metrics.ipynb #3e695c93
 import hashlib, io, json, math, os
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,10 +23,10 @@ from .data import Folder, ImageSet, batches, check_images, load, to_levels
 from .flows import Pretrained
 from .train import fit, keyed_normal, keyed_uniform
 
-# %% ../nbs/05_metrics.ipynb #40c67a55
+# %% ../nbs/05_metrics.ipynb #3457ebdc
 # Axis legend of this module: b batch, n images, d features, c h w image, k classes.
 
-# %% ../nbs/05_metrics.ipynb #13ef9ab8
+# %% ../nbs/05_metrics.ipynb #3658bf46
 class DigitClassifier(nn.Module, Pretrained):
     "A small convolutional classifier of 8x8 digits; `features` are what offline metrics compare."
     classes = 10
@@ -53,7 +53,7 @@ class DigitClassifier(nn.Module, Pretrained):
         pooled = self.body[9:](h)                                               # (b, dim)
         return {'pooled': pooled, 'spatial': h[:, :7].flatten(1), 'logits': self.head(pooled)}
 
-# %% ../nbs/05_metrics.ipynb #fe67eef8
+# %% ../nbs/05_metrics.ipynb #c7d0c696
 class CrossEntropy:
     "Cross-entropy of a classifier: an `Objective` like `NLL`."
     def __call__(self, net, x, y):
@@ -75,7 +75,7 @@ def shift_image(x:Tensor, dy:int, dx:int) -> Tensor: # (c, h, w), by -1, 0 or 1 
     "One image moved down and to the right, black (-1) moving in."
     return torch.roll(F.pad(x, (1, 1, 1, 1), value=-1.), (dy, dx), (1, 2))[:, 1:-1, 1:-1]
 
-# %% ../nbs/05_metrics.ipynb #911faca8
+# %% ../nbs/05_metrics.ipynb #09032af8
 def train_digit_classifier(seed:int=0, steps:int=1500) -> DigitClassifier:
     "Train the judge on the real training digits; its accuracy on the test digits goes on its card."
     torch.manual_seed(seed)
@@ -105,7 +105,7 @@ def agreement(judge:nn.Module, x:Tensor,  # (b, c, h, w) samples
     dtype = next((p.dtype for p in getattr(judge, 'parameters', tuple)()), x.dtype)
     return (judge(x.to(dtype)).argmax(1) == y).float().mean().item()
 
-# %% ../nbs/05_metrics.ipynb #e05e3535
+# %% ../nbs/05_metrics.ipynb #ce15d56b
 def frechet(mean1:Tensor, cov1:Tensor,   # (d,), (d, d)
             mean2:Tensor, cov2:Tensor) -> float:
     "Squared Fréchet distance of two Gaussians, in float64, by symmetric eigenvalues. Heusel et al., 2017, Eq. 6."
@@ -122,7 +122,7 @@ def frechet(mean1:Tensor, cov1:Tensor,   # (d,), (d, d)
     cross = torch.linalg.eigvalsh(L.T @ c2 @ L).clamp(min=0).sqrt().sum()
     return ((m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * cross).item()
 
-# %% ../nbs/05_metrics.ipynb #f67115a5
+# %% ../nbs/05_metrics.ipynb #acc787a5
 def ranks() -> int:
     "How many processes `torch.distributed` joins; 1 without it."
     from torch import distributed as dist
@@ -161,7 +161,7 @@ class Moments:
         if self.n < 2: raise ValueError(f'n: {self.n} images have no covariance; give 2 or more')
         return self.scatter / (self.n - 1)
 
-# %% ../nbs/05_metrics.ipynb #af76e5b5
+# %% ../nbs/05_metrics.ipynb #d8b1a34f
 class Extractor:
     "8-bit images -> {'pooled': (b, d)} and, where it has them, 'spatial' (b, s) and 'logits' (b, k)."
     def __init__(self, net,            # callable: uint8 (b, c, h, w) -> such a dictionary
@@ -190,7 +190,7 @@ def with_channels(x:Tensor, channels:int|None) -> Tensor: # (b, c, h, w) uint8 -
     if channels == 1 and c == 3: return x.float().mean(1, keepdim=True).round().to(torch.uint8)
     raise ValueError(f'x: {c} channels came, the extractor takes {channels}; give images of 1 or 3 channels')
 
-# %% ../nbs/05_metrics.ipynb #38de1155
+# %% ../nbs/05_metrics.ipynb #d903edfa
 def fingerprint(net:nn.Module) -> str:
     "The first 16 hex digits of the sha256 of all tensors of a module."
     h = hashlib.sha256()
@@ -219,7 +219,7 @@ def digits_extractor() -> Extractor:
     judge.forward = judge.stages
     return module_extractor(judge, 'digits', channels=1, size=8)
 
-# %% ../nbs/05_metrics.ipynb #bf8085b8
+# %% ../nbs/05_metrics.ipynb #99f12422
 def fidelity_digits() -> str:
     "Register the judge with torch-fidelity, once; returns the name for its `feature_extractor=`."
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase
@@ -243,7 +243,7 @@ def fidelity_digits() -> str:
     if name not in FEATURE_EXTRACTORS_REGISTRY: register_feature_extractor(name, FeatureExtractorDigits)
     return name
 
-# %% ../nbs/05_metrics.ipynb #c30ed996
+# %% ../nbs/05_metrics.ipynb #4d2574be
 INCEPTION_URL = ('https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/'
                  'weights-inception-2015-12-05-6726825d.pth')
 INCEPTION_SHA256 = '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2'   # of the published file
@@ -272,7 +272,7 @@ def inception_path(path=None) -> Path:
         "weights=... or FLOWBOOK_INCEPTION=..., or keep it in torch.hub's folder of checkpoints. "
         "For digits, extractor='digits' needs no download")
 
-# %% ../nbs/05_metrics.ipynb #484e27b8
+# %% ../nbs/05_metrics.ipynb #5ce81fd2
 def inception_extractor(weights=None,                      # a local file; None: see `inception_path`
                         sha256:str=INCEPTION_SHA256,       # that it must have
                         device='cpu') -> Extractor:
@@ -294,7 +294,7 @@ def inception_extractor(weights=None,                      # a local file; None:
         return {'pooled': pooled, 'spatial': kept.pop('spatial').float(), 'logits': logits}
     return Extractor(run, f'inception-v3-compat {sha256[:16]}', channels=3, note='TensorFlow-1 bilinear 299x299')
 
-# %% ../nbs/05_metrics.ipynb #30544d64
+# %% ../nbs/05_metrics.ipynb #73d42499
 def make_extractor(which,            # 'inception', 'digits', an `Extractor`, or any module on images in [-1, 1]
                    weights=None, sha256:str=INCEPTION_SHA256, device='cpu') -> Extractor:
     "The extractor of that name; a module becomes one."
@@ -304,7 +304,7 @@ def make_extractor(which,            # 'inception', 'digits', an `Extractor`, or
     if which == 'inception': return inception_extractor(weights, sha256, device)
     raise ValueError(f"extractor: {which!r}; choose 'inception' or 'digits', or give an Extractor or a module")
 
-# %% ../nbs/05_metrics.ipynb #9bb5060b
+# %% ../nbs/05_metrics.ipynb #cadc3a87
 def folder_images(root) -> Folder:
     "All images in a folder and below, as a dataset of one class; they must be of one size."
     from PIL import Image
@@ -333,7 +333,7 @@ def image_batches(source,            # (n, c, h, w), an iterable of batches, a d
         raise ValueError(f'{type(source).__name__} came; give a tensor (n, c, h, w), batches of such, a dataset or a folder')
     return 'a stream', (b if isinstance(b, Tensor) else b[0] for b in source)
 
-# %% ../nbs/05_metrics.ipynb #84e404bb
+# %% ../nbs/05_metrics.ipynb #d3e486b8
 @dataclass
 class Statistics:
     "What metrics keep of a set of images; `collect` makes it, `save` and `load_statistics` keep it."
@@ -357,7 +357,7 @@ class Statistics:
             if a != b: raise ValueError(f'{k}: the samples were seen by {a!r}, the reference by {b!r}; '
                                         'make both with the same one')
 
-# %% ../nbs/05_metrics.ipynb #47d7b2da
+# %% ../nbs/05_metrics.ipynb #ee73ca8a
 def collect(source, extractor='inception', *,
             n:int=None,                # take so many images, over all ranks; None: all
             keep:bool=True,            # features and logits, too, not only their moments
@@ -385,7 +385,7 @@ def collect(source, extractor='inception', *,
         for k in kept.keys() & out.keys() if keep else (): kept[k].append(out[k].detach().float().cpu())
     return _joined(look, name, moments, kept, tally, hashes, n, device)
 
-# %% ../nbs/05_metrics.ipynb #bbb4c4c9
+# %% ../nbs/05_metrics.ipynb #6d1adc9a
 def _rank() -> int:
     from torch import distributed as dist
     return dist.get_rank() if ranks() > 1 else 0
@@ -428,7 +428,7 @@ class Tally:
         self.outside += int((x.abs() > 1 + 1e-6).sum())
         return x.clamp(-1, 1)
 
-# %% ../nbs/05_metrics.ipynb #450453ba
+# %% ../nbs/05_metrics.ipynb #a3ad8986
 def gathered(t:Tensor) -> Tensor: # (n, ...) of this rank -> (sum of n, ...), dealt out in turns, as `batches` does
     "The rows of all ranks, on each of them."
     from torch import distributed as dist
@@ -460,7 +460,7 @@ def _joined(look, name, moments, kept, tally, hashes, n, device):
     return Statistics(look.name, look.preprocessing, name, f'{digest:064x}', {k: m.over_ranks() for k, m in sorted(moments.items())},
                       cat.get('pooled'), cat.get('logits'), outside / values, broken)
 
-# %% ../nbs/05_metrics.ipynb #ae571aa7
+# %% ../nbs/05_metrics.ipynb #4394a420
 def save_statistics(stats:Statistics, path, features:bool=False) -> Path: # features: keep (n, d), for precision and recall
     "Write statistics as safetensors; the facts about them are its metadata."
     from safetensors.torch import save
@@ -495,7 +495,7 @@ def load_statistics(path) -> Statistics:
         m.n, m.mean, m.scatter = n, tensors[f'{k}.mean'], tensors[f'{k}.cov'] * (n - 1)
     return Statistics(**facts, moments=moments, features=tensors.get('features'))
 
-# %% ../nbs/05_metrics.ipynb #227c3471
+# %% ../nbs/05_metrics.ipynb #c504bd4f
 METRICS = 'fid', 'sfid', 'is', 'kid', 'precision', 'recall'
 
 def evaluate(samples, reference,     # a tensor in [-1, 1], batches, a dataset, a folder, or Statistics (reference: also their file)
@@ -530,7 +530,7 @@ def evaluate(samples, reference,     # a tensor in [-1, 1], batches, a dataset, 
     if 'sfid' in metrics: out['sfid'] = distance(a, b, 'spatial')
     return out | by_fidelity(metrics, a, b, k, seed)
 
-# %% ../nbs/05_metrics.ipynb #af43270f
+# %% ../nbs/05_metrics.ipynb #6312e1e5
 def distance(a:Statistics, b:Statistics, kind:str='pooled') -> float: # or 'spatial'
     "The Fréchet distance of two sets of images."
     return frechet(a.moments[kind].mean, a.moments[kind].cov, b.moments[kind].mean, b.moments[kind].cov)
@@ -566,7 +566,7 @@ def by_fidelity(metrics, a, b, k, seed) -> dict:
         out |= {m: both[m] for m in ('precision', 'recall') if m in metrics}
     return out
 
-# %% ../nbs/05_metrics.ipynb #a62927cf
+# %% ../nbs/05_metrics.ipynb #3c846531
 def fid_curve(samples:Statistics, reference:Statistics, # with kept features
               ns, seed:int=0) -> list:                 # how many samples: a list of numbers
     "FID of random subsets of `samples` of the sizes `ns`."
@@ -586,7 +586,7 @@ def fid_at_infinity(ns, fids) -> tuple: # -> (FID of infinitely many samples, sl
     slope, limit = np.polyfit(1 / np.asarray(ns, dtype=float), fids, 1)
     return float(limit), float(slope)
 
-# %% ../nbs/05_metrics.ipynb #5eeb8d68
+# %% ../nbs/05_metrics.ipynb #15659f7a
 def reconstruction(x:Tensor, xhat:Tensor,   # (n, c, h, w) in [-1, 1]; values outside are clipped
                    metrics=('psnr', 'ssim', 'rfid'), # and 'lpips'
                    extractor='inception', *, net:str='vgg', # of LPIPS: 'vgg', 'alex', 'squeeze'
@@ -610,7 +610,7 @@ def reconstruction(x:Tensor, xhat:Tensor,   # (n, c, h, w) in [-1, 1]; values ou
     if 'rfid' in metrics: out['rfid'] = evaluate(xhat, x, 'fid', extractor, batch_size=batch_size, device=device)['fid']
     return out
 
-# %% ../nbs/05_metrics.ipynb #ae0b313d
+# %% ../nbs/05_metrics.ipynb #34a80693
 def lpips(net:str='vgg', device='cpu'):
     "LPIPS (Zhang et al., 2018) of two batches in [-1, 1] -> (b,), differentiable, by torchmetrics; ValueError without its weights."
     from urllib.error import URLError

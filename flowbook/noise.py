@@ -6,7 +6,7 @@
 __all__ = ['FLOWS', 'bits_per_dim', 'PointsFlow', 'show_density_1d', 'show_density_2d', 'spiral', 'condition', 'is_broken',
            'Shift', 'train_flow', 'Dequantize', 'GaussianNoise']
 
-# %% ../nbs/06_noise.ipynb #9a638bbd
+# %% ../nbs/06_noise.ipynb #081ab516
 import math
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,10 @@ from .tarflow import TarFlow
 from .train import Dequantize, DropLabels, GaussianNoise, ema, fit, keyed_uniform, mean_nll, to_bits
 _all_ = ['Dequantize', 'GaussianNoise']               # the transforms of chapter 02: `from flowbook.noise import ...` finds them, too
 
-# %% ../nbs/06_noise.ipynb #87eca7ce
+# %% ../nbs/06_noise.ipynb #19cbc174
 # Axis legend of this module: b batch, d dimensions of a vector, m data points, c h w image.
 
-# %% ../nbs/06_noise.ipynb #492b5754
+# %% ../nbs/06_noise.ipynb #5ca31075
 @torch.no_grad()
 def bits_per_dim(flow:Flow, data,        # a dataset, or images (b, c, h, w) exactly on their levels in [-1, 1]
                  y=None,                 # labels of images; a dataset brings its own
@@ -56,7 +56,7 @@ def _discrete(data, y, levels):
                          'bits of discrete images, give them without noise')
     return data, y, levels
 
-# %% ../nbs/06_noise.ipynb #ee37bdbb
+# %% ../nbs/06_noise.ipynb #1a91cef5
 class PointsFlow(Flow):
     "The exact autoregressive flow of data points plus Gaussian noise, q = mean of N(x_k, sigma^2): Knothe-Rosenblatt."
     def __init__(self, points:Tensor,    # (m, d)
@@ -118,7 +118,7 @@ class PointsFlow(Flow):
 
     def sparsity(self): return torch.ones(self.z_shape[0], self.z_shape[0], dtype=torch.bool).tril()
 
-# %% ../nbs/06_noise.ipynb #b7a61fbc
+# %% ../nbs/06_noise.ipynb #48fa9bb9
 def show_density_1d(sigma:float, points=(-.7, -.2, .6), axes=None):
     "Three points with noise sigma: their density, and the exact flow between x and z. Returns the figure."
     import matplotlib.pyplot as plt
@@ -126,13 +126,14 @@ def show_density_1d(sigma:float, points=(-.7, -.2, .6), axes=None):
     x, z = torch.linspace(-1.5, 1.5, 1201, dtype=torch.float64)[:, None], torch.linspace(-3, 3, 1201, dtype=torch.float64)[:, None]
     fig, axes = (None, axes) if axes is not None else plt.subplots(1, 2, figsize=(7, 2.4))
     with torch.no_grad(): density, inverse = flow.log_prob(x).exp(), flow.inverse(z)[:, 0]
-    slope = ((inverse[1:] - inverse[:-1]) / (z[1] - z[0])).max().item()
+    fine = torch.linspace(min(points), max(points), 20001, dtype=torch.float64)[:, None]
+    with torch.no_grad(): slope = (-flow(fine)[1]).max().exp().item()         # dx/dz between the points, exactly
     axes[0].plot(x.numpy(), density.nan_to_num(0).numpy(), 'k'); axes[0].plot(points, [0] * len(points), 'C3^', clip_on=False)
     axes[0].set(xlabel='x', ylabel='q(x)', xlim=(-1.5, 1.5), ylim=(0, None), title=f'density, sigma {sigma:.3g}')
     axes[1].plot(z.numpy(), inverse.numpy(), 'C0'); axes[1].set(xlabel='z', ylabel='x', xlim=(-3, 3), ylim=(-1.5, 1.5), title=f'inverse flow, steepest slope {slope:.3g}')
     return fig or axes[0].figure
 
-# %% ../nbs/06_noise.ipynb #ba7e89fd
+# %% ../nbs/06_noise.ipynb #51a23378
 def show_density_2d(sigma:float, points:Tensor=None, ax=None): # points (m, 2)
     "Data points with noise sigma: density, and a straight grid of z pulled back into x. Returns the figure."
     import matplotlib.pyplot as plt
@@ -155,7 +156,7 @@ def spiral(m:int=40) -> Tensor: # (m, 2), float64
     t = torch.linspace(.15, 1, m, dtype=torch.float64)
     return 1.2 * torch.stack([t * torch.cos(2.6 * math.pi * t), t * torch.sin(2.6 * math.pi * t)], 1)
 
-# %% ../nbs/06_noise.ipynb #daf0f08d
+# %% ../nbs/06_noise.ipynb #24c94a70
 def condition(flow:Flow, x:Tensor, y=None) -> tuple: # x (b, ...) -> largest (b,), condition number (b,)
     "The largest singular value of dx/dz at each `x`, and its ratio to the smallest; one backward pass a dimension."
     with torch.inference_mode(False), torch.enable_grad():                      # a measurement may stand in a no_grad block
@@ -174,7 +175,7 @@ def is_broken(x:Tensor, sigma:float=0.) -> Tensor: # (b, ...) samples -> (b,) bo
     flat = x.flatten(1)
     return ~flat.isfinite().all(1) | (flat.abs() > 1 + max(1., 6 * sigma)).any(1)
 
-# %% ../nbs/06_noise.ipynb #36a4d174
+# %% ../nbs/06_noise.ipynb #2cd1a486
 _DIGITS = dict(data='digits', steps=2000, lr=7e-3, batch_size=64, average=.99, weight_decay=.1, classes=10, model=dict(
     image_size=8, channels=1, patch_size=2, dim=48, blocks=8, layers=1, head_dim=24))
 FLOWS = {**{f'digits-{sigma}': {**_DIGITS, 'sigma': sigma} for sigma in (.05, .1, .2, .4)},
