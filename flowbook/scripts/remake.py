@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['RECIPES', 'main', 'cli']
 
-# %% ../../nbs/16_remake.ipynb #18cc92db
+# %% ../../nbs/16_remake.ipynb #8ece146c
 import argparse, json, sys, time
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
+import torch
 from ..flows import weights_folder
 from ..metrics import train_digit_classifier
 from ..noise import FLOWS, train_flow
@@ -18,7 +19,7 @@ RECIPES = {'digits-classifier': (train_digit_classifier, 'the judge of the sampl
 RECIPES |= {name: (partial(train_flow, name), f'TARFlow on {c["data"]}, noise {c["sigma"]}, '
                    f'{"with" if c["classes"] else "without"} classes, {c.get("minutes", 2)} minutes') for name, c in FLOWS.items()}
 
-# %% ../../nbs/16_remake.ipynb #9e38a6ee
+# %% ../../nbs/16_remake.ipynb #95b6022f
 def main(argv=None) -> dict:
     "Make a checkpoint again and print its card beside that of the shipped one. Returns the card."
     p = argparse.ArgumentParser('flowbook_remake', description='Make a checkpoint of the book again.')
@@ -27,6 +28,7 @@ def main(argv=None) -> dict:
     p.add_argument('--out', default='runs/weights', help='where NAME/ is written (default: %(default)s)')
     p.add_argument('--seed', type=int, default=0, help='default: the seed of the shipped one, 0')
     p.add_argument('--steps', type=int, help='fewer steps than the recipe, to try it')
+    p.add_argument('--threads', type=int, default=1, help='of the CPU; for models this small one is fastest (default: %(default)s)')
     a = p.parse_args(argv)
     if a.list or a.name is None:
         for name, (_, what) in RECIPES.items(): print(f'{name:20} {what}')
@@ -35,6 +37,8 @@ def main(argv=None) -> dict:
         near = get_close_matches(a.name, RECIPES, 1)
         advice = f'did you mean {near[0]!r}?' if near else f'choose one of {", ".join(RECIPES)}'
         sys.exit(f'flowbook_remake: name: there is no checkpoint {a.name!r}; {advice}')
+    if a.threads < 1: raise ValueError(f'--threads: {a.threads}; it must be 1 or more')
+    torch.set_num_threads(a.threads)
     started = time.perf_counter()
     model = RECIPES[a.name][0](seed=a.seed, **({'steps': a.steps} if a.steps is not None else {}))
     model.card = {**model.card, 'command': f'flowbook_remake {a.name} --seed {a.seed}'}
@@ -50,6 +54,6 @@ def cli() -> None:
     try: main()
     except (ValueError, OSError) as e: sys.exit(f'flowbook_remake: {e}')
 
-# %% ../../nbs/16_remake.ipynb #ab43587f
+# %% ../../nbs/16_remake.ipynb #c14d912f
 #| eval: false
 if __name__ == '__main__' and '__file__' in globals(): cli()
