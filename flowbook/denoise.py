@@ -6,7 +6,7 @@
 __all__ = ['SWEEP', 'score', 'log_prob_and_score', 'denoise', 'judge_tweedie', 'tweedie', 'judge_noise_sweep', 'train_for_sweep',
            'noise_sweep', 'sampled']
 
-# %% ../nbs/07_denoise.ipynb #ce7e1497
+# %% ../nbs/07_denoise.ipynb #38e9cbfb
 import math
 import torch
 from torch import Tensor
@@ -16,14 +16,14 @@ from .data import batches, load
 from .evidence import EXPERIMENTS, all_of, experiment, identity, lower
 from .flows import Flow, check_y, normal_log_prob
 from .metrics import collect, evaluate
-from .noise import PointsFlow, condition, is_broken
+from .noise import PointsFlow, averaging, condition, is_broken
 from .tarflow import TarFlow
-from .train import Dequantize, DropLabels, GaussianNoise, ema, fit, mean_nll
+from .train import Dequantize, GaussianNoise, mean_nll
 
-# %% ../nbs/07_denoise.ipynb #0f34c71a
+# %% ../nbs/07_denoise.ipynb #70d01939
 # Axis legend of this module: b batch, d dimensions of a vector, n tokens, c h w image, t block.
 
-# %% ../nbs/07_denoise.ipynb #21e669d4
+# %% ../nbs/07_denoise.ipynb #fe697ba0
 def score(flow:Flow, x:Tensor, y=None,   # (b, ...) points; labels, as `log_prob` takes them
           checkpoint:bool=False,         # recompute every block in the backward pass: less memory, one forward pass more
           ) -> Tensor:                   # (b, ...)
@@ -40,17 +40,16 @@ def log_prob_and_score(flow:Flow, x:Tensor, y=None, checkpoint:bool=False) -> tu
         grad, = torch.autograd.grad(log_p.sum(), x)
     return log_p.detach(), grad
 
+# %% ../nbs/07_denoise.ipynb #00c7c573
 def _log_prob(flow, x, y, checkpoint):
-    frozen = {k: v.detach() for k, v in flow.state_dict(keep_vars=True).items()}
-    if not checkpoint:
-        z, logdet = functional_call(flow, frozen, (x, y))
-        return normal_log_prob(z, flow.prior_var) + logdet
-    x, logdet = flow.to_parts(x), 0.
-    for part in flow.parts():
-        fixed = {k: v.detach() for k, v in part.state_dict(keep_vars=True).items()}
-        x, ld = recompute(lambda x, part=part, fixed=fixed: functional_call(part, fixed, (x, y)), x, use_reentrant=False)
-        logdet = logdet + ld
-    return normal_log_prob(x, flow.prior_var) + logdet
+    def frozen(module, x): return functional_call(module, {k: v.detach() for k, v in module.state_dict(keep_vars=True).items()}, (x, y))
+    if checkpoint:
+        z, logdet = flow.to_parts(x), 0.
+        for part in flow.parts():
+            z, ld = recompute(frozen, part, z, use_reentrant=False)
+            logdet = logdet + ld
+    else: z, logdet = frozen(flow, x)
+    return normal_log_prob(z, flow.prior_var) + logdet
 
 def _check(flow, x, y):
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
@@ -58,7 +57,7 @@ def _check(flow, x, y):
                          'give a batch of floating point samples (b, ...)')
     check_y(y, flow.classes, len(x))
 
-# %% ../nbs/07_denoise.ipynb #4ee6718c
+# %% ../nbs/07_denoise.ipynb #045ca818
 def denoise(flow:Flow, x:Tensor,         # (b, ...) noisy samples
             sigma:float,                 # of the noise that they carry: what the flow was trained with
             y=None, steps:int=1,         # labels; more steps go on towards a mode
@@ -71,7 +70,7 @@ def denoise(flow:Flow, x:Tensor,         # (b, ...) noisy samples
     for _ in range(steps if sigma else 0): x = x + sigma**2 * score(flow, x, y, checkpoint)
     return x
 
-# %% ../nbs/07_denoise.ipynb #e440d48a
+# %% ../nbs/07_denoise.ipynb #5b5a9c5a
 def judge_tweedie(results):
     "The verdict on T9."
     exact = identity(max(v for r in results for v in r['error'].values()), 1e-8, 'Tweedie against the posterior mean of mixtures')
@@ -94,7 +93,7 @@ def tweedie(seed, budget):
     mse = lambda v: (v - x).square().mean().item()
     return {'error': error, 'noisy': mse(noisy), 'denoised': mse(denoise(flow, noisy, flow.card['sigma'], y))}
 
-# %% ../nbs/07_denoise.ipynb #a2feafb5
+# %% ../nbs/07_denoise.ipynb #85a4e299
 def judge_noise_sweep(results):
     "The verdicts on T7, T8 and T13."
     noises = list(results[0]['noise'])
@@ -110,23 +109,20 @@ def judge_noise_sweep(results):
     together = lower([-v for v in (r['rank_correlation'] for r in results)], [0.] * len(results), ('minus the rank correlation of loss and FID', 'zero'))
     return {'T7': all_of(*better, more), 'T8': all_of(steep, broken), 'T13': together}
 
-# %% ../nbs/07_denoise.ipynb #22d983b6
+# %% ../nbs/07_denoise.ipynb #5b82ebd4
 SWEEP = {'model': {'dim': 48, 'blocks': 8, 'layers': 1, 'head_dim': 24}, 'lr': 7e-3, 'weight_decay': .1, 'batch_size': 64, 'average': .99}
 
 def train_for_sweep(noise:str, c:dict, seed:int, classes:int=10, looks:int=0): # -> (averaged flow, [(step, flow), ...])
     "A TARFlow on digits with the noise 'uniform' or a sigma, for the sweeps of chapters 07 and 08."
     import copy
-    data = load('digits')
-    torch.manual_seed(seed)
-    flow = TarFlow(8, 1, 2, **c['model'], classes=classes)
-    mean, seen = ema(flow, c['average']), []
-    transforms = [Dequantize(data.levels) if noise == 'uniform' else GaussianNoise(float(noise))] + [DropLabels(.1)] * bool(classes)
-    stream = batches(data, c['batch_size'], seed=seed, transforms=transforms)
-    for log in fit(flow, stream, steps=c['steps'], lr=c['lr'], weight_decay=c['weight_decay'], warmup=c['steps'] // 20, ema=mean,
-                   every=max(1, c['steps'] // looks) if looks else c['steps']):
-        if looks: seen.append((log['step'], copy.deepcopy(mean.module).eval()))
-    return mean.module.eval(), seen
+    data, seen = load('digits'), []
+    c = {**c, 'classes': classes, 'model': {'image_size': 8, 'channels': 1, 'patch_size': 2, **c['model']}}
+    noise = Dequantize(data.levels) if noise == 'uniform' else GaussianNoise(float(noise))
+    for step, flow in averaging(c, data, [noise], seed, every=max(1, c['steps'] // looks) if looks else c['steps']):
+        if looks: seen.append((step, copy.deepcopy(flow)))
+    return flow, seen
 
+# %% ../nbs/07_denoise.ipynb #b05c71f5
 @experiment('noise_sweep', claims=('T7', 'T8', 'T13'), verdict=judge_noise_sweep, seeds={'smoke': 1, 'laptop': 3},
             title='noise in training: FID raw and denoised, condition of the inverse, loss against FID',
             config={'smoke': {**SWEEP, 'steps': 10, 'noises': ['uniform', '0.2'], 'samples': 50, 'points': 2, 'looks': 3, 'look_at': '0.2'},
@@ -146,7 +142,7 @@ def noise_sweep(seed, budget):
     correlation = spearmanr([l[1] for l in looks], [l[3] for l in looks]).statistic
     return {'noise': out, 'looks': looks, 'rank_correlation': float(correlation) if math.isfinite(correlation) else 0.}
 
-# %% ../nbs/07_denoise.ipynb #abd38a29
+# %% ../nbs/07_denoise.ipynb #2bb28a0f
 def sampled(flow, noise:str, reference, test, c:dict, seed:int, short:bool=False) -> dict:
     "What `noise_sweep` measures of one flow."
     sigma, y = 0. if noise == 'uniform' else float(noise), torch.arange(c['samples']) % 10

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['INCEPTION_URL', 'INCEPTION_SHA256', 'METRICS', 'DigitClassifier', 'CrossEntropy', 'Jitter', 'shift_image',
-           'train_digit_classifier', 'digit_classifier', 'agreement', 'frechet', 'ranks', 'Moments', 'Extractor',
-           'with_channels', 'fingerprint', 'module_extractor', 'digits_extractor', 'fidelity_digits', 'read_weights',
-           'inception_path', 'inception_extractor', 'make_extractor', 'folder_images', 'image_batches', 'Statistics',
-           'collect', 'check_whole', 'checked_features', 'image_hash', 'Tally', 'gathered', 'save_statistics',
-           'load_statistics', 'evaluate', 'distance', 'check_given', 'by_fidelity', 'fid_curve', 'fid_at_infinity',
-           'reconstruction', 'lpips']
+           'train_digit_classifier', 'digit_classifier', 'agreement', 'frechet', 'ranks', 'rank_part', 'Moments',
+           'Extractor', 'with_channels', 'fingerprint', 'module_extractor', 'digits_extractor', 'fidelity_digits',
+           'read_weights', 'inception_path', 'inception_extractor', 'make_extractor', 'folder_images', 'image_batches',
+           'Statistics', 'collect', 'check_whole', 'checked_features', 'image_hash', 'Tally', 'gathered',
+           'save_statistics', 'load_statistics', 'evaluate', 'distance', 'check_given', 'by_fidelity', 'fid_curve',
+           'fid_at_infinity', 'reconstruction', 'lpips']
 
-# %% ../nbs/05_metrics.ipynb #3e695c93
+# %% ../nbs/05_metrics.ipynb #e206810d
 import hashlib, io, json, math, os
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,10 +23,10 @@ from .data import Folder, ImageSet, batches, check_images, load, to_levels
 from .flows import Pretrained
 from .train import fit, keyed_normal, keyed_uniform
 
-# %% ../nbs/05_metrics.ipynb #3457ebdc
+# %% ../nbs/05_metrics.ipynb #1c79f296
 # Axis legend of this module: b batch, n images, d features, c h w image, k classes.
 
-# %% ../nbs/05_metrics.ipynb #3658bf46
+# %% ../nbs/05_metrics.ipynb #5a55d556
 class DigitClassifier(nn.Module, Pretrained):
     "A small convolutional classifier of 8x8 digits; `features` are what offline metrics compare."
     classes = 10
@@ -53,7 +53,7 @@ class DigitClassifier(nn.Module, Pretrained):
         pooled = self.body[9:](h)                                               # (b, dim)
         return {'pooled': pooled, 'spatial': h[:, :7].flatten(1), 'logits': self.head(pooled)}
 
-# %% ../nbs/05_metrics.ipynb #c7d0c696
+# %% ../nbs/05_metrics.ipynb #73e40d5a
 class CrossEntropy:
     "Cross-entropy of a classifier: an `Objective` like `NLL`."
     def __call__(self, net, x, y):
@@ -71,11 +71,12 @@ class Jitter:
         noise = keyed_normal(batch, tuple(batch.x.shape[1:]), 'noise')          # (b, c, h, w)
         return batch._replace(x=shifted + self.sigma * u[:, 2, None, None, None] * noise)
 
-def shift_image(x:Tensor, dy:int, dx:int) -> Tensor: # (c, h, w), by -1, 0 or 1 pixel
+def shift_image(x:Tensor, dy:int, dx:int) -> Tensor: # (c, h, w), by whole pixels
     "One image moved down and to the right, black (-1) moving in."
-    return torch.roll(F.pad(x, (1, 1, 1, 1), value=-1.), (dy, dx), (1, 2))[:, 1:-1, 1:-1]
+    k = max(1, abs(dy), abs(dx))
+    return torch.roll(F.pad(x, (k, k, k, k), value=-1.), (dy, dx), (1, 2))[:, k:-k, k:-k]
 
-# %% ../nbs/05_metrics.ipynb #09032af8
+# %% ../nbs/05_metrics.ipynb #6e8722a5
 def train_digit_classifier(seed:int=0, steps:int=1500) -> DigitClassifier:
     "Train the judge on the real training digits; its accuracy on the test digits goes on its card."
     torch.manual_seed(seed)
@@ -92,6 +93,7 @@ def digit_classifier() -> DigitClassifier:
     "The trained judge that comes with the book; `flowbook_remake digits-classifier` makes it again."
     return DigitClassifier.from_pretrained('digits-classifier')
 
+# %% ../nbs/05_metrics.ipynb #47948834
 @torch.no_grad()
 def agreement(judge:nn.Module, x:Tensor,  # (b, c, h, w) samples
               y:Tensor) -> float:         # (b,) the classes they were asked for
@@ -105,7 +107,7 @@ def agreement(judge:nn.Module, x:Tensor,  # (b, c, h, w) samples
     dtype = next((p.dtype for p in getattr(judge, 'parameters', tuple)()), x.dtype)
     return (judge(x.to(dtype)).argmax(1) == y).float().mean().item()
 
-# %% ../nbs/05_metrics.ipynb #ce15d56b
+# %% ../nbs/05_metrics.ipynb #dbc9c6ed
 def frechet(mean1:Tensor, cov1:Tensor,   # (d,), (d, d)
             mean2:Tensor, cov2:Tensor) -> float:
     "Squared Fréchet distance of two Gaussians, in float64, by symmetric eigenvalues. Heusel et al., 2017, Eq. 6."
@@ -122,12 +124,18 @@ def frechet(mean1:Tensor, cov1:Tensor,   # (d,), (d, d)
     cross = torch.linalg.eigvalsh(L.T @ c2 @ L).clamp(min=0).sqrt().sum()
     return ((m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * cross).item()
 
-# %% ../nbs/05_metrics.ipynb #acc787a5
+# %% ../nbs/05_metrics.ipynb #f239dfc8
 def ranks() -> int:
     "How many processes `torch.distributed` joins; 1 without it."
     from torch import distributed as dist
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
+def rank_part() -> tuple:
+    "(rank, ranks): this process's part of the data, as `batches` takes it."
+    from torch import distributed as dist
+    return (dist.get_rank(), ranks()) if ranks() > 1 else (0, 1)
+
+# %% ../nbs/05_metrics.ipynb #0bc9d189
 class Moments:
     "Mean and covariance of features, streamed in float64; parts add up, over batches and over ranks."
     def __init__(self, d:int, device='cpu'):
@@ -161,7 +169,7 @@ class Moments:
         if self.n < 2: raise ValueError(f'n: {self.n} images have no covariance; give 2 or more')
         return self.scatter / (self.n - 1)
 
-# %% ../nbs/05_metrics.ipynb #d8b1a34f
+# %% ../nbs/05_metrics.ipynb #5fcd4a0f
 class Extractor:
     "8-bit images -> {'pooled': (b, d)} and, where it has them, 'spatial' (b, s) and 'logits' (b, k)."
     def __init__(self, net,            # callable: uint8 (b, c, h, w) -> such a dictionary
@@ -174,9 +182,11 @@ class Extractor:
                  size and f'{size}x{size}', note]
         self.preprocessing = ', '.join(s for s in steps if s)
 
+    def __call__(self, x:Tensor) -> dict: return self.look(to_levels(x, 256)) # (b, c, h, w) in [-1, 1]
+
     @torch.no_grad()
-    def __call__(self, x:Tensor) -> dict:    # (b, c, h, w) in [-1, 1]
-        levels = with_channels(to_levels(x, 256), self.channels)
+    def look(self, levels:Tensor) -> dict:   # (b, c, h, w) uint8
+        levels = with_channels(levels, self.channels)
         if self.size is not None and tuple(levels.shape[2:]) != (self.size, self.size):
             big = F.interpolate(levels.float(), (self.size, self.size), mode='bicubic', antialias=True)
             levels = big.round().clamp(0, 255).to(torch.uint8)
@@ -190,7 +200,7 @@ def with_channels(x:Tensor, channels:int|None) -> Tensor: # (b, c, h, w) uint8 -
     if channels == 1 and c == 3: return x.float().mean(1, keepdim=True).round().to(torch.uint8)
     raise ValueError(f'x: {c} channels came, the extractor takes {channels}; give images of 1 or 3 channels')
 
-# %% ../nbs/05_metrics.ipynb #d903edfa
+# %% ../nbs/05_metrics.ipynb #41322cec
 def fingerprint(net:nn.Module) -> str:
     "The first 16 hex digits of the sha256 of all tensors of a module."
     h = hashlib.sha256()
@@ -199,6 +209,7 @@ def fingerprint(net:nn.Module) -> str:
         h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:16]
 
+# %% ../nbs/05_metrics.ipynb #81624008
 def module_extractor(net:nn.Module, name:str=None, **kw) -> Extractor: # kw: channels, size, note of `Extractor`
     "Any module on images in [-1, 1] as an extractor; it returns features (b, ...) or the dictionary, and must not change meanwhile."
     name = name or f"{type(net).__name__} {hashlib.sha256(repr(net).encode()).hexdigest()[:8]}"       # its layers, where nobody named it
@@ -212,6 +223,7 @@ def module_extractor(net:nn.Module, name:str=None, **kw) -> Extractor: # kw: cha
     name = f'{name} {fingerprint(net)}'
     return Extractor(run, name, **kw)
 
+# %% ../nbs/05_metrics.ipynb #208b0412
 @lru_cache(None)
 def digits_extractor() -> Extractor:
     "The judge of this chapter as an extractor: 64 features, 112 spatial ones, 10 logits; no network needed."
@@ -219,7 +231,7 @@ def digits_extractor() -> Extractor:
     judge.forward = judge.stages
     return module_extractor(judge, 'digits', channels=1, size=8)
 
-# %% ../nbs/05_metrics.ipynb #99f12422
+# %% ../nbs/05_metrics.ipynb #bda47474
 def fidelity_digits() -> str:
     "Register the judge with torch-fidelity, once; returns the name for its `feature_extractor=`."
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase
@@ -227,7 +239,7 @@ def fidelity_digits() -> str:
     class FeatureExtractorDigits(FeatureExtractorBase):
         def __init__(self, name, features_list, **kwargs):
             super().__init__(name, features_list)
-            self.look = digits_extractor()
+            self.extractor = digits_extractor()
         @staticmethod
         def get_provided_features_list(): return 'pooled', 'spatial', 'logits'
         @staticmethod
@@ -237,13 +249,13 @@ def fidelity_digits() -> str:
         @staticmethod
         def get_dummy_input_for_compile(): return torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
         def forward(self, levels):                          # (b, 3, 8, 8) uint8
-            out = self.look(levels.float() / 127.5 - 1)
+            out = self.extractor.look(levels)
             return tuple(out[k] for k in self.features_list)
     name = 'flowbook-digits'
     if name not in FEATURE_EXTRACTORS_REGISTRY: register_feature_extractor(name, FeatureExtractorDigits)
     return name
 
-# %% ../nbs/05_metrics.ipynb #4d2574be
+# %% ../nbs/05_metrics.ipynb #16ac8f88
 INCEPTION_URL = ('https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/'
                  'weights-inception-2015-12-05-6726825d.pth')
 INCEPTION_SHA256 = '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2'   # of the published file
@@ -260,6 +272,7 @@ def read_weights(path,               # of a file that torch.save wrote
     except Exception as e:                                  # torch.load raises nearly anything
         raise ValueError(f'weights: {path} holds more than tensors, or is no file of torch.save ({e})') from e
 
+# %% ../nbs/05_metrics.ipynb #e275ed0f
 def inception_path(path=None) -> Path:
     "Where the Inception weights are; ValueError says where to get them."
     if given := path or os.environ.get('FLOWBOOK_INCEPTION'):
@@ -272,7 +285,7 @@ def inception_path(path=None) -> Path:
         "weights=... or FLOWBOOK_INCEPTION=..., or keep it in torch.hub's folder of checkpoints. "
         "For digits, extractor='digits' needs no download")
 
-# %% ../nbs/05_metrics.ipynb #5ce81fd2
+# %% ../nbs/05_metrics.ipynb #8cdd072f
 def inception_extractor(weights=None,                      # a local file; None: see `inception_path`
                         sha256:str=INCEPTION_SHA256,       # that it must have
                         device='cpu') -> Extractor:
@@ -294,7 +307,7 @@ def inception_extractor(weights=None,                      # a local file; None:
         return {'pooled': pooled, 'spatial': kept.pop('spatial').float(), 'logits': logits}
     return Extractor(run, f'inception-v3-compat {sha256[:16]}', channels=3, note='TensorFlow-1 bilinear 299x299')
 
-# %% ../nbs/05_metrics.ipynb #73d42499
+# %% ../nbs/05_metrics.ipynb #b16b1f7a
 def make_extractor(which,            # 'inception', 'digits', an `Extractor`, or any module on images in [-1, 1]
                    weights=None, sha256:str=INCEPTION_SHA256, device='cpu') -> Extractor:
     "The extractor of that name; a module becomes one."
@@ -304,7 +317,7 @@ def make_extractor(which,            # 'inception', 'digits', an `Extractor`, or
     if which == 'inception': return inception_extractor(weights, sha256, device)
     raise ValueError(f"extractor: {which!r}; choose 'inception' or 'digits', or give an Extractor or a module")
 
-# %% ../nbs/05_metrics.ipynb #cadc3a87
+# %% ../nbs/05_metrics.ipynb #a2b62fc4
 def folder_images(root) -> Folder:
     "All images in a folder and below, as a dataset of one class; they must be of one size."
     from PIL import Image
@@ -313,6 +326,7 @@ def folder_images(root) -> Folder:
     if not paths: raise ValueError(f'{root}: there are no images in this folder')
     return Folder(paths, torch.zeros(len(paths), dtype=torch.long), ('image',), name=Path(root).name)
 
+# %% ../nbs/05_metrics.ipynb #28757f7f
 def image_batches(source,            # (n, c, h, w), an iterable of batches, a dataset, or a folder
                   batch_size:int=64):
     "(name, generator of float batches (b, c, h, w)) of any source of images; checked at the door."
@@ -324,16 +338,14 @@ def image_batches(source,            # (n, c, h, w), an iterable of batches, a d
     if type(source).__module__ == 'numpy': raise ValueError('images: a numpy array came; give torch.from_numpy(...), float (n, c, h, w) in [-1, 1]')
     if isinstance(source, Tensor): return f'a tensor {tuple(source.shape)}', iter(source.split(batch_size))
     if hasattr(source, '__len__') and hasattr(source, '__getitem__') and not isinstance(source, (list, tuple)):
-        from torch import distributed as dist
-        world = ranks()
-        part = (dist.get_rank(), world) if world > 1 else (0, 1)
-        stream = batches(source, min(batch_size, max(1, len(source) // world)) * world, shuffle=False, epochs=1, part=part)
+        size = min(batch_size, max(1, len(source) // ranks())) * ranks()
+        stream = batches(source, size, shuffle=False, epochs=1, part=rank_part())
         return repr(source) if isinstance(source, ImageSet) else type(source).__name__, (b.x for b in stream)
     if not hasattr(source, '__iter__'):
         raise ValueError(f'{type(source).__name__} came; give a tensor (n, c, h, w), batches of such, a dataset or a folder')
     return 'a stream', (b if isinstance(b, Tensor) else b[0] for b in source)
 
-# %% ../nbs/05_metrics.ipynb #d3e486b8
+# %% ../nbs/05_metrics.ipynb #473ec5ff
 @dataclass
 class Statistics:
     "What metrics keep of a set of images; `collect` makes it, `save` and `load_statistics` keep it."
@@ -357,7 +369,7 @@ class Statistics:
             if a != b: raise ValueError(f'{k}: the samples were seen by {a!r}, the reference by {b!r}; '
                                         'make both with the same one')
 
-# %% ../nbs/05_metrics.ipynb #ee73ca8a
+# %% ../nbs/05_metrics.ipynb #653855ba
 def collect(source, extractor='inception', *,
             n:int=None,                # take so many images, over all ranks; None: all
             keep:bool=True,            # features and logits, too, not only their moments
@@ -370,26 +382,23 @@ def collect(source, extractor='inception', *,
     if on_broken not in ('refuse', 'drop'): raise ValueError(f"on_broken: {on_broken!r}; choose 'refuse' or 'drop'")
     if n is not None and n < 2: raise ValueError(f'n: {n}; a metric needs 2 images or more')
     name, stream = image_batches(source, batch_size)
-    world = ranks()
-    quota = math.inf if n is None else n // world + (_rank() < n % world)
+    rank, world = rank_part()
+    quota = math.inf if n is None else n // world + (rank < n % world)
     moments, kept, tally, hashes = {}, {'pooled': [], 'logits': []}, Tally(), 0
     while tally.good < quota:
         if (x := next(stream, None)) is None: break
         x = tally.sift(x, on_broken, quota)                            # finite images, clipped and counted
         if not len(x): continue
-        out = checked_features(look(x), len(x), look.name)
-        hashes += sum(image_hash(i) for i in to_levels(x, 256))
+        levels = to_levels(x, 256)
+        out = checked_features(look.look(levels), len(x), look.name)
+        hashes += sum(image_hash(i) for i in levels)
         for k in {'pooled', 'spatial'} & out.keys():
             if k not in moments: moments[k] = Moments(out[k].shape[1], device)
             moments[k].add(out[k])
         for k in kept.keys() & out.keys() if keep else (): kept[k].append(out[k].detach().float().cpu())
     return _joined(look, name, moments, kept, tally, hashes, n, device)
 
-# %% ../nbs/05_metrics.ipynb #6d1adc9a
-def _rank() -> int:
-    from torch import distributed as dist
-    return dist.get_rank() if ranks() > 1 else 0
-
+# %% ../nbs/05_metrics.ipynb #1d4d62eb
 def check_whole(**numbers) -> None:
     "ValueError for what should be a whole number of 1 or more, or None."
     for k, v in numbers.items():
@@ -405,6 +414,7 @@ def checked_features(out, b:int, name:str) -> dict:
         if not v.isfinite().all(): raise ValueError(f'extractor: {k!r} of {name} holds NaN or infinity for images that have none')
     return out
 
+# %% ../nbs/05_metrics.ipynb #211aeea8
 def image_hash(levels:Tensor) -> int:                       # (c, h, w) uint8
     "The sha256 of an image, as a number: sums of such do not depend on the order."
     return int.from_bytes(hashlib.sha256(str(tuple(levels.shape)).encode() + levels.cpu().contiguous().numpy().tobytes()).digest(), 'big')
@@ -428,7 +438,7 @@ class Tally:
         self.outside += int((x.abs() > 1 + 1e-6).sum())
         return x.clamp(-1, 1)
 
-# %% ../nbs/05_metrics.ipynb #a3ad8986
+# %% ../nbs/05_metrics.ipynb #7ad931b2
 def gathered(t:Tensor) -> Tensor: # (n, ...) of this rank -> (sum of n, ...), dealt out in turns, as `batches` does
     "The rows of all ranks, on each of them."
     from torch import distributed as dist
@@ -440,6 +450,7 @@ def gathered(t:Tensor) -> Tensor: # (n, ...) of this rank -> (sum of n, ...), de
     there = torch.stack([torch.arange(most) < int(l) for l in lengths], 1).flatten()
     return torch.stack(rows, 1).flatten(0, 1)[there.to(t.device)]
 
+# %% ../nbs/05_metrics.ipynb #2f7ddb1a
 def _summed(numbers:list, device) -> list:                  # whole numbers over ranks
     from torch import distributed as dist
     t = torch.tensor(numbers, dtype=torch.int64, device=device)
@@ -460,7 +471,7 @@ def _joined(look, name, moments, kept, tally, hashes, n, device):
     return Statistics(look.name, look.preprocessing, name, f'{digest:064x}', {k: m.over_ranks() for k, m in sorted(moments.items())},
                       cat.get('pooled'), cat.get('logits'), outside / values, broken)
 
-# %% ../nbs/05_metrics.ipynb #4394a420
+# %% ../nbs/05_metrics.ipynb #5d12ae82
 def save_statistics(stats:Statistics, path, features:bool=False) -> Path: # features: keep (n, d), for precision and recall
     "Write statistics as safetensors; the facts about them are its metadata."
     from safetensors.torch import save
@@ -477,6 +488,7 @@ def save_statistics(stats:Statistics, path, features:bool=False) -> Path: # feat
     finally: tmp.unlink(missing_ok=True)
     return path
 
+# %% ../nbs/05_metrics.ipynb #ce9b05ba
 def load_statistics(path) -> Statistics:
     "Statistics that `save_statistics` wrote; ValueError names a file that is something else."
     from safetensors import SafetensorError, safe_open
@@ -495,7 +507,7 @@ def load_statistics(path) -> Statistics:
         m.n, m.mean, m.scatter = n, tensors[f'{k}.mean'], tensors[f'{k}.cov'] * (n - 1)
     return Statistics(**facts, moments=moments, features=tensors.get('features'))
 
-# %% ../nbs/05_metrics.ipynb #c504bd4f
+# %% ../nbs/05_metrics.ipynb #a53cb532
 METRICS = 'fid', 'sfid', 'is', 'kid', 'precision', 'recall'
 
 def evaluate(samples, reference,     # a tensor in [-1, 1], batches, a dataset, a folder, or Statistics (reference: also their file)
@@ -530,7 +542,7 @@ def evaluate(samples, reference,     # a tensor in [-1, 1], batches, a dataset, 
     if 'sfid' in metrics: out['sfid'] = distance(a, b, 'spatial')
     return out | by_fidelity(metrics, a, b, k, seed)
 
-# %% ../nbs/05_metrics.ipynb #6312e1e5
+# %% ../nbs/05_metrics.ipynb #ea30a00a
 def distance(a:Statistics, b:Statistics, kind:str='pooled') -> float: # or 'spatial'
     "The Fréchet distance of two sets of images."
     return frechet(a.moments[kind].mean, a.moments[kind].cov, b.moments[kind].mean, b.moments[kind].cov)
@@ -549,6 +561,7 @@ def check_given(metrics, s:Statistics, look, is_reference:bool) -> None:
                              'statistics at hand do not have them; leave it out, or give images '
                              '(statistics keep features with flowbook_fid_stats --features)')
 
+# %% ../nbs/05_metrics.ipynb #a884ddb3
 def by_fidelity(metrics, a, b, k, seed) -> dict:
     "The metrics that torch-fidelity computes from features; its functions, without its cache."
     out, options = {}, dict(verbose=False, rng_seed=seed)
@@ -566,7 +579,7 @@ def by_fidelity(metrics, a, b, k, seed) -> dict:
         out |= {m: both[m] for m in ('precision', 'recall') if m in metrics}
     return out
 
-# %% ../nbs/05_metrics.ipynb #3c846531
+# %% ../nbs/05_metrics.ipynb #85f07c08
 def fid_curve(samples:Statistics, reference:Statistics, # with kept features
               ns, seed:int=0) -> list:                 # how many samples: a list of numbers
     "FID of random subsets of `samples` of the sizes `ns`."
@@ -586,7 +599,7 @@ def fid_at_infinity(ns, fids) -> tuple: # -> (FID of infinitely many samples, sl
     slope, limit = np.polyfit(1 / np.asarray(ns, dtype=float), fids, 1)
     return float(limit), float(slope)
 
-# %% ../nbs/05_metrics.ipynb #15659f7a
+# %% ../nbs/05_metrics.ipynb #f16c2a7a
 def reconstruction(x:Tensor, xhat:Tensor,   # (n, c, h, w) in [-1, 1]; values outside are clipped
                    metrics=('psnr', 'ssim', 'rfid'), # and 'lpips'
                    extractor='inception', *, net:str='vgg', # of LPIPS: 'vgg', 'alex', 'squeeze'
@@ -610,7 +623,7 @@ def reconstruction(x:Tensor, xhat:Tensor,   # (n, c, h, w) in [-1, 1]; values ou
     if 'rfid' in metrics: out['rfid'] = evaluate(xhat, x, 'fid', extractor, batch_size=batch_size, device=device)['fid']
     return out
 
-# %% ../nbs/05_metrics.ipynb #34a80693
+# %% ../nbs/05_metrics.ipynb #4bc51978
 def lpips(net:str='vgg', device='cpu'):
     "LPIPS (Zhang et al., 2018) of two batches in [-1, 1] -> (b,), differentiable, by torchmetrics; ValueError without its weights."
     from urllib.error import URLError

@@ -4,23 +4,23 @@
 
 # %% auto #0
 __all__ = ['FLOWS', 'bits_per_dim', 'PointsFlow', 'show_density_1d', 'show_density_2d', 'spiral', 'condition', 'is_broken',
-           'Shift', 'train_flow', 'Dequantize', 'GaussianNoise']
+           'Shift', 'averaging', 'train_flow', 'Dequantize', 'GaussianNoise']
 
-# %% ../nbs/06_noise.ipynb #081ab516
+# %% ../nbs/06_noise.ipynb #45b84430
 import math
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from .data import batches, load
 from .flows import Flow, check_vector, check_y
+from .metrics import shift_image
 from .tarflow import TarFlow
 from .train import Dequantize, DropLabels, GaussianNoise, ema, fit, keyed_uniform, mean_nll, to_bits
 _all_ = ['Dequantize', 'GaussianNoise']               # the transforms of chapter 02: `from flowbook.noise import ...` finds them, too
 
-# %% ../nbs/06_noise.ipynb #19cbc174
+# %% ../nbs/06_noise.ipynb #b45df1f6
 # Axis legend of this module: b batch, d dimensions of a vector, m data points, c h w image.
 
-# %% ../nbs/06_noise.ipynb #5ca31075
+# %% ../nbs/06_noise.ipynb #aea413fa
 @torch.no_grad()
 def bits_per_dim(flow:Flow, data,        # a dataset, or images (b, c, h, w) exactly on their levels in [-1, 1]
                  y=None,                 # labels of images; a dataset brings its own
@@ -40,6 +40,7 @@ def bits_per_dim(flow:Flow, data,        # a dataset, or images (b, c, h, w) exa
         total += torch.stack([one() for _ in range(samples)]).logsumexp(0).sub(math.log(samples)).sum().item()
     return to_bits(-total / x.numel(), levels)
 
+# %% ../nbs/06_noise.ipynb #e7af4ce0
 def _discrete(data, y, levels):
     "(images, labels or None, levels); ValueError for images that are not discrete."
     if hasattr(data, 'batch'):
@@ -56,7 +57,7 @@ def _discrete(data, y, levels):
                          'bits of discrete images, give them without noise')
     return data, y, levels
 
-# %% ../nbs/06_noise.ipynb #1a91cef5
+# %% ../nbs/06_noise.ipynb #6f6ce3af
 class PointsFlow(Flow):
     "The exact autoregressive flow of data points plus Gaussian noise, q = mean of N(x_k, sigma^2): Knothe-Rosenblatt."
     def __init__(self, points:Tensor,    # (m, d)
@@ -118,7 +119,7 @@ class PointsFlow(Flow):
 
     def sparsity(self): return torch.ones(self.z_shape[0], self.z_shape[0], dtype=torch.bool).tril()
 
-# %% ../nbs/06_noise.ipynb #48fa9bb9
+# %% ../nbs/06_noise.ipynb #289e523f
 def show_density_1d(sigma:float, points=(-.7, -.2, .6), axes=None):
     "Three points with noise sigma: their density, and the exact flow between x and z. Returns the figure."
     import matplotlib.pyplot as plt
@@ -133,7 +134,7 @@ def show_density_1d(sigma:float, points=(-.7, -.2, .6), axes=None):
     axes[1].plot(z.numpy(), inverse.numpy(), 'C0'); axes[1].set(xlabel='z', ylabel='x', xlim=(-3, 3), ylim=(-1.5, 1.5), title=f'inverse flow, steepest slope {slope:.3g}')
     return fig or axes[0].figure
 
-# %% ../nbs/06_noise.ipynb #51a23378
+# %% ../nbs/06_noise.ipynb #5bc01846
 def show_density_2d(sigma:float, points:Tensor=None, ax=None): # points (m, 2)
     "Data points with noise sigma: density, and a straight grid of z pulled back into x. Returns the figure."
     import matplotlib.pyplot as plt
@@ -156,7 +157,7 @@ def spiral(m:int=40) -> Tensor: # (m, 2), float64
     t = torch.linspace(.15, 1, m, dtype=torch.float64)
     return 1.2 * torch.stack([t * torch.cos(2.6 * math.pi * t), t * torch.sin(2.6 * math.pi * t)], 1)
 
-# %% ../nbs/06_noise.ipynb #24c94a70
+# %% ../nbs/06_noise.ipynb #b5084ffa
 def condition(flow:Flow, x:Tensor, y=None) -> tuple: # x (b, ...) -> largest (b,), condition number (b,)
     "The largest singular value of dx/dz at each `x`, and its ratio to the smallest; one backward pass a dimension."
     with torch.inference_mode(False), torch.enable_grad():                      # a measurement may stand in a no_grad block
@@ -175,7 +176,7 @@ def is_broken(x:Tensor, sigma:float=0.) -> Tensor: # (b, ...) samples -> (b,) bo
     flat = x.flatten(1)
     return ~flat.isfinite().all(1) | (flat.abs() > 1 + max(1., 6 * sigma)).any(1)
 
-# %% ../nbs/06_noise.ipynb #2cd1a486
+# %% ../nbs/06_noise.ipynb #48ea264d
 _DIGITS = dict(data='digits', steps=2000, lr=7e-3, batch_size=64, average=.99, weight_decay=.1, classes=10, model=dict(
     image_size=8, channels=1, patch_size=2, dim=48, blocks=8, layers=1, head_dim=24))
 FLOWS = {**{f'digits-{sigma}': {**_DIGITS, 'sigma': sigma} for sigma in (.05, .1, .2, .4)},
@@ -183,6 +184,7 @@ FLOWS = {**{f'digits-{sigma}': {**_DIGITS, 'sigma': sigma} for sigma in (.05, .1
          'mnist5k-0.2': dict(data='mnist5k', sigma=.2, steps=8000, lr=6e-3, batch_size=64, average=.999, weight_decay=.1, classes=10,
                              shift=1, minutes=50, model=dict(image_size=28, channels=1, patch_size=4, dim=96, blocks=8, layers=1, head_dim=24))}
 
+# %% ../nbs/06_noise.ipynb #130fb360
 class Shift:
     "Move each image by up to `pixels` in both directions, black (-1) moving in; keyed by (seed, epoch, sample)."
     def __init__(self, pixels:int):
@@ -190,26 +192,30 @@ class Shift:
         self.pixels = pixels
 
     def __call__(self, batch):
-        k, (h, w) = self.pixels, batch.x.shape[-2:]
-        if not k: return batch
-        places = (keyed_uniform(batch, (2,), 'shift') * (2 * k + 1)).long().tolist()
-        padded = F.pad(batch.x, (k, k, k, k), value=-1.)
-        return batch._replace(x=torch.stack([p[:, a:a+h, b:b+w] for p, (a, b) in zip(padded, places)]))
+        if not (k := self.pixels): return batch
+        places = (k - (keyed_uniform(batch, (2,), 'shift') * (2 * k + 1)).long()).tolist()
+        return batch._replace(x=torch.stack([shift_image(x, dy, dx) for x, (dy, dx) in zip(batch.x, places)]))
 
     def __repr__(self): return f'Shift({self.pixels})'
 
+# %% ../nbs/06_noise.ipynb #a09b3799
+def averaging(c:dict, data, transforms, seed:int, every:int): # c: model, classes, steps, lr, batch_size, average, weight_decay
+    "Train a TarFlow as a recipe says; yields (step, the averaged flow so far) every so many steps."
+    torch.manual_seed(seed)
+    flow = TarFlow(**c['model'], classes=c['classes'])
+    mean, steps = ema(flow, c['average']), c['steps']
+    stream = batches(data, c['batch_size'], seed=seed, transforms=list(transforms) + [DropLabels(.1)] * bool(c['classes']))
+    for log in fit(flow, stream, steps=steps, lr=c['lr'], warmup=steps // 20, weight_decay=c['weight_decay'], ema=mean, every=every):
+        yield log['step'], mean.module.eval()
+
+# %% ../nbs/06_noise.ipynb #36d01ce1
 def train_flow(name:str,                 # one of FLOWS
                seed:int=0, steps:int=None) -> TarFlow: # fewer steps, to try it
     "Train a checkpoint of the book by its recipe; the averaged weights, with their card."
     if name not in FLOWS: raise ValueError(f'name: {name!r}; choose of {", ".join(FLOWS)}')
     c, steps = FLOWS[name], FLOWS[name]['steps'] if steps is None else steps
-    torch.manual_seed(seed)
-    flow, noise = TarFlow(**c['model'], classes=c['classes']), [GaussianNoise(c['sigma'])]
-    mean, data = ema(flow, c['average']), load(c['data'])
-    transforms = [Shift(c.get('shift', 0)), *noise] + [DropLabels(.1)] * bool(c['classes'])
-    stream = batches(data, c['batch_size'], seed=seed, transforms=transforms)
-    for _ in fit(flow, stream, steps=steps, lr=c['lr'], warmup=steps // 20, weight_decay=c['weight_decay'], ema=mean, every=max(1, steps // 20)): pass
-    flow = mean.module.eval()
+    data, noise = load(c['data']), [GaussianNoise(c['sigma'])]
+    for _, flow in averaging({**c, 'steps': steps}, data, [Shift(c.get('shift', 0)), *noise], seed, every=max(1, steps // 20)): pass
     bits = {f'{split}_bits_per_dim': round(to_bits(mean_nll(flow, load(c['data'], split), noise)), 4) for split in ('train', 'test')}
     flow.card = {'data': c['data'], 'sigma': c['sigma'], 'seed': seed, 'steps': steps, **bits, 'class_names': list(data.classes) if c['classes'] else []}
     return flow

@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['NAMES', 'parser', 'draw', 'pick_guidance', 'known_noise', 'bits', 'main', 'judged', 'table', 'cli']
 
-# %% ../../nbs/16_evaluate.ipynb #d5c5b31d
-import argparse, json, sys, time
+# %% ../../nbs/16_evaluate.ipynb #c3c6663e
+import argparse, json, time
 import torch
 from torch import distributed as dist
 from ..data import keyed, load, save_images
 from ..denoise import denoise
 from ..guidance import SCHEDULES, ClassGuidance, Guidance, StarGuidance, TemperatureGuidance, guided_inverse
-from ..metrics import METRICS, agreement, digit_classifier, evaluate, gathered, load_statistics, ranks
-from .fid_stats import add_source, can_write, join_ranks, pick_extractor
+from ..metrics import METRICS, agreement, digit_classifier, evaluate, gathered, load_statistics, rank_part, ranks
+from .fid_stats import add_source, as_script, can_write, join_ranks, pick_extractor
 from ..tarflow import TarFlow
 from ..train import Dequantize, GaussianNoise, mean_nll, to_bits
 
-# %% ../../nbs/16_evaluate.ipynb #9d359bdd
+# %% ../../nbs/16_evaluate.ipynb #46767dfe
 def parser() -> argparse.ArgumentParser:
     "The command line of `flowbook_evaluate`."
     p = argparse.ArgumentParser('flowbook_evaluate', description='Samples of a checkpoint against real images (chapter 05), and bits/dim.')
@@ -39,14 +39,13 @@ def parser() -> argparse.ArgumentParser:
     add('--json', action='store_true', help='print JSON instead of a table')
     return p
 
-# %% ../../nbs/16_evaluate.ipynb #905b2a1c
+# %% ../../nbs/16_evaluate.ipynb #d4577380
 def draw(flow, a, n:int, sigma:float, watch=lambda x, y: None):
     "Batches of this rank's share of `n` samples; `watch` sees each batch with its labels."
-    guidance = pick_guidance(a)
-    rank = dist.get_rank() if ranks() > 1 else 0
+    guidance, (rank, world) = pick_guidance(a), rank_part()
     like, scale = next(flow.parameters()), torch.as_tensor(flow.prior_var).sqrt()
     normal = lambda i: torch.from_numpy(keyed(a.seed, 0, int(i), 'sample').standard_normal(flow.z_shape, dtype='float32'))
-    for index in torch.arange(n)[rank::ranks()].split(a.batch_size):
+    for index in torch.arange(n)[rank::world].split(a.batch_size):
         y = (index % flow.classes).to(like.device) if flow.classes else None
         with torch.inference_mode(): x = guided_inverse(flow, torch.stack([normal(i) for i in index]).to(like) * scale, y, guidance)
         if a.denoise: x = denoise(flow, x, sigma, y)
@@ -58,6 +57,7 @@ def pick_guidance(a) -> Guidance:
     if a.guidance == 'temperature': return TemperatureGuidance(a.w, a.tau, a.schedule)
     return {'none': lambda *_: Guidance(), 'class': ClassGuidance, 'star': StarGuidance}[a.guidance](a.w, a.schedule)
 
+# %% ../../nbs/16_evaluate.ipynb #baebdcb2
 def known_noise(flow, a): # 'uniform', a sigma, or None
     "The noise that the model was trained with: `--noise`, or what its card says."
     noise = a.noise if a.noise is not None else flow.card.get('noise', flow.card.get('sigma'))
@@ -71,7 +71,7 @@ def bits(flow, noise, data, batch_size:int) -> dict:
     if noise == 'uniform': return {'noise': noise, 'bits_per_dim': to_bits(mean_nll(flow, data, [Dequantize(data.levels)], batch_size=batch_size), data.levels)}
     return {'noise': noise, 'bits_per_dim': to_bits(mean_nll(flow, data, [GaussianNoise(noise)], batch_size=batch_size))}
 
-# %% ../../nbs/16_evaluate.ipynb #b437a7f6
+# %% ../../nbs/16_evaluate.ipynb #0b169e39
 def main(argv=None) -> dict:
     "Evaluate a checkpoint; print a table or JSON (on rank 0) and return the numbers."
     a = parser().parse_args(argv)
@@ -123,7 +123,7 @@ def judged(x, y) -> int:
     whole = x.isfinite().flatten(1).all(1)
     return round(agreement(digit_classifier(), x[whole], y[whole]) * int(whole.sum())) if whole.any() else 0
 
-# %% ../../nbs/16_evaluate.ipynb #606fa4c2
+# %% ../../nbs/16_evaluate.ipynb #e3be2467
 NAMES = {'fid': 'FID', 'sfid': 'sFID', 'is': 'Inception Score', 'kid': 'KID', 'precision': 'precision', 'recall': 'recall',
          'agreement': 'agreement', 'bits_per_dim': 'bits/dim'}
 
@@ -141,13 +141,8 @@ def table(out:dict) -> str:
     if 'bits_per_dim' not in out: lines.append('  bits/dim        left out: they need --data, and the noise of the model (its card, or --noise)')
     return '\n'.join(lines)
 
-def cli() -> None:
-    "The console script: a mistake ends with one sentence."
-    try: main()
-    except (ValueError, OSError, ImportError) as e: sys.exit(f'flowbook_evaluate: {e}')
-    finally:
-        if dist.is_available() and dist.is_initialized(): dist.destroy_process_group()
+def cli() -> None: as_script(main, 'flowbook_evaluate')
 
-# %% ../../nbs/16_evaluate.ipynb #1b170e43
+# %% ../../nbs/16_evaluate.ipynb #7400ef84
 #| eval: false
 if __name__ == '__main__' and '__file__' in globals(): cli()
