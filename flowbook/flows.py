@@ -518,11 +518,11 @@ def find_pretrained(name):
     raise ValueError(f'name: there is no folder {str(name)!r}; give one that save_pretrained wrote, '
                      f'or one of the checkpoints of the book: {shipped or "none are installed"}')
 
-# %% ../nbs/01_flows.ipynb #b51f835c
+# %% ../nbs/01_flows.ipynb #0d613b64
 def model_card(config:dict, card:dict, params:int) -> str:
     "The README.md of a checkpoint."
     facts = {**config, 'parameters': f'{params:,}', **card}
-    rows = '\n'.join(f'| {k} | `{v}` |' for k, v in facts.items())
+    rows = '\n'.join(f'| {k} | `{v}` |' for k, v in facts.items() if not isinstance(v, dict)) # tables in tables stay in card.json
     kind = config['_class_name']
     return f"""---
 library_name: flowbook

@@ -90,13 +90,13 @@ def inverse_blocks(flow:TarFlow, z:Tensor, y=None, guidance:Guidance=None): # z 
             yield t, z
     return stream(z)
 
-# %% ../nbs/08_guidance.ipynb #325e8728
+# %% ../nbs/08_guidance.ipynb #ed79901a
 def inverse_block(block, z, y, guidance, t, blocks):                     # (b, n, d) -> (b, n, d)
     second, n = guidance.second(t, blocks, y), z.shape[1]
     if not block.causal:                                                 # a coupling: z shows what steers, all positions at once
         cond = block.params(z, y)[:2]
         uncond = second and block.params(z, second[0], tau=second[1])[:2]
-        return unaffine(z, *(guidance(cond, uncond, t, torch.arange(n, device=z.device)[:, None], n) if second else cond))
+        return unaffine(z, *(guidance(cond, uncond, t, torch.arange(n, dtype=z.dtype, device=z.device)[:, None], n) if second else cond))
     z, xs, caches = block.read(z), [], (KVCache(), KVCache())
     for i in range(n):
         before = xs[-1] if xs else z[:, 0]

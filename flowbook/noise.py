@@ -176,13 +176,17 @@ def is_broken(x:Tensor, sigma:float=0.) -> Tensor: # (b, ...) samples -> (b,) bo
     flat = x.flatten(1)
     return ~flat.isfinite().all(1) | (flat.abs() > 1 + max(1., 6 * sigma)).any(1)
 
-# %% ../nbs/06_noise.ipynb #48ea264d
+# %% ../nbs/06_noise.ipynb #38033a00
 _DIGITS = dict(data='digits', steps=2000, lr=7e-3, batch_size=64, average=.99, weight_decay=.1, classes=10, model=dict(
     image_size=8, channels=1, patch_size=2, dim=48, blocks=8, layers=1, head_dim=24))
 FLOWS = {**{f'digits-{sigma}': {**_DIGITS, 'sigma': sigma} for sigma in (.05, .1, .2, .4)},
          'digits-free': {**_DIGITS, 'sigma': .1, 'classes': 0},
          'mnist5k-0.2': dict(data='mnist5k', sigma=.2, steps=8000, lr=6e-3, batch_size=64, average=.999, weight_decay=.1, classes=10,
-                             shift=1, minutes=50, model=dict(image_size=28, channels=1, patch_size=4, dim=96, blocks=8, layers=1, head_dim=24))}
+                             shift=1, minutes=50, model=dict(image_size=28, channels=1, patch_size=4, dim=96, blocks=8, layers=1, head_dim=24)),
+         'digits-p1-0.1': dict(data='digits', sigma=.1, steps=1500, lr=4e-3, batch_size=64, average=.99, weight_decay=.1, classes=10,
+                               minutes=7, model=dict(image_size=8, channels=1, patch_size=1, dim=64, blocks=4, layers=2, head_dim=32)),
+         'mnist5k-p2-0.2': dict(data='mnist5k', sigma=.2, steps=1500, lr=4e-3, batch_size=32, average=.995, weight_decay=.1, classes=10,
+                                minutes=20, model=dict(image_size=32, channels=1, patch_size=2, dim=64, blocks=4, layers=2, head_dim=32))}
 
 # %% ../nbs/06_noise.ipynb #130fb360
 class Shift:
@@ -208,14 +212,15 @@ def averaging(c:dict, data, transforms, seed:int, every:int): # c: model, classe
     for log in fit(flow, stream, steps=steps, lr=c['lr'], warmup=steps // 20, weight_decay=c['weight_decay'], ema=mean, every=every):
         yield log['step'], mean.module.eval()
 
-# %% ../nbs/06_noise.ipynb #36d01ce1
+# %% ../nbs/06_noise.ipynb #9eed6ac9
 def train_flow(name:str,                 # one of FLOWS
                seed:int=0, steps:int=None) -> TarFlow: # fewer steps, to try it
     "Train a checkpoint of the book by its recipe; the averaged weights, with their card."
     if name not in FLOWS: raise ValueError(f'name: {name!r}; choose of {", ".join(FLOWS)}')
     c, steps = FLOWS[name], FLOWS[name]['steps'] if steps is None else steps
-    data, noise = load(c['data']), [GaussianNoise(c['sigma'])]
+    size = c['model']['image_size']                                              # MNIST at 32: padded
+    data, test, noise = load(c['data'], image_size=size), load(c['data'], 'test', image_size=size), [GaussianNoise(c['sigma'])]
     for _, flow in averaging({**c, 'steps': steps}, data, [Shift(c.get('shift', 0)), *noise], seed, every=max(1, steps // 20)): pass
-    bits = {f'{split}_bits_per_dim': round(to_bits(mean_nll(flow, load(c['data'], split), noise)), 4) for split in ('train', 'test')}
+    bits = {f'{split}_bits_per_dim': round(to_bits(mean_nll(flow, part, noise, batch_size=100)), 4) for split, part in (('train', data), ('test', test))}
     flow.card = {'data': c['data'], 'sigma': c['sigma'], 'seed': seed, 'steps': steps, **bits, 'class_names': list(data.classes) if c['classes'] else []}
     return flow

@@ -20,7 +20,7 @@ from .flows import ClassEmbedding, Flow, Pretrained, affine, check_y, load_stric
 # Axis legend of this module: b batch, n tokens, d numbers in a token, c h w image, h heads,
 # e width of a head, t block, l layer; `dim` is the width of the Transformer.
 
-# %% ../nbs/04_tarflow.ipynb #496a523a
+# %% ../nbs/04_tarflow.ipynb #7893f1c3
 class Attention(nn.Module):
     "Multi-head causal self-attention, normalised before; one projection makes all q, k, v. TARFlow §2.3."
     def __init__(self, dim:int, head_dim:int=64,
@@ -30,12 +30,14 @@ class Attention(nn.Module):
         self.norm, self.qkv, self.proj = nn.LayerNorm(dim), nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def forward(self, x:Tensor,          # (b, n, dim)
-                tau:float=1.,            # temperature of the attention
-                past=None):              # (k, v) -> k, v of all positions so far, when x is one new position
+                tau=1.,                  # temperature of the attention, or one a row (b, 1, 1, 1)
+                past=None):              # (k, v) -> k, v of all positions so far, when x holds new ones (several: and a mask)
         q, k, v = rearrange(self.qkv(self.norm(x)), 'b n (s h e) -> s b h n e', s=3, e=self.head_dim)
-        if past is not None: k, v = past(k, v)
+        mask = None
+        if past is not None: k, v, *rest = past(k, v); mask = rest[0] if rest else None
+        if isinstance(tau, Tensor): q, tau = q / tau, 1.                        # one temperature a row
         scale, causal = 1 / (math.sqrt(self.head_dim) * tau), self.causal and past is None
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
+        x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
         return self.proj(rearrange(x, 'b h n e -> b n (h e)'))                  # (b, n, dim)
 
 # %% ../nbs/04_tarflow.ipynb #34822f3f

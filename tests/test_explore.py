@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from flowbook import explore
-from flowbook.explore import KINDS, SIGMAS, Explorer, Setting, density_png, density_redraw, path_log_prob, redraw, render
+from flowbook.explore import (KINDS, SIGMAS, SOLVERS, TOLERANCES, Contest, Explorer, Flows, Setting, compare_solvers, contest, density_png, density_redraw, path_log_prob, redraw, render,
+                              solver_redraw, to_png)
 from flowbook.flows import shake
 from flowbook.tarflow import TarFlow
 
@@ -40,7 +41,7 @@ def test_the_picture_is_what_the_library_gives(flows):
     y = torch.arange(6) % 3
     raw = guided_sample(flows['a'], y, ClassGuidance(.5), torch.Generator().manual_seed(3)).clone()
     p = ex.picture(s)
-    assert torch.equal(p.left, raw)
+    assert torch.allclose(p.left, raw, atol=1e-5) and torch.equal(p.left, Explorer(flows, n=6).picture(s).left)
     want = denoise(flows['a'], score_guidance(flows['a'], raw, y, 2 * .2**2), .2, y)
     assert torch.allclose(p.right, want, atol=1e-5)
     assert p.nats_left == pytest.approx(flows['a'].log_prob(raw, y).mean().item(), abs=1e-3)
@@ -148,3 +149,69 @@ def test_the_flows_of_the_book():
     flows = explore.book_flows()
     assert {'digits, sigma 0.05', 'digits, sigma 0.1', 'digits, sigma 0.2', 'digits, sigma 0.4', 'digits, sigma 0.1, no classes', 'mnist5k, sigma 0.2'} <= set(flows)
     assert all(f.card['sigma'] and not f.training for f in flows.values())
+    assert flows['digits, sigma 0.1'].z_shape[0] == 16 and flows['mnist5k, sigma 0.2'].z_shape[0] == 49
+    assert flows['digits, sigma 0.1, 64 tokens'].z_shape[0] == 64 and flows['mnist5k, sigma 0.2, 256 tokens'].z_shape[0] == 256
+
+
+# --- the solvers, side by side
+
+def test_the_solvers_find_what_the_plain_sampler_finds(flows):
+    from flowbook.guidance import ClassGuidance, guided_inverse
+    for guidance in (None, ClassGuidance(.5)):
+        found = compare_solvers(flows['a'], 5, guidance, 1e-6, seed=3)
+        z = flows['a'].draw(5, torch.Generator().manual_seed(3))
+        want = guided_inverse(flows['a'], z, torch.arange(5) % 3, guidance)
+        assert [r.solver for r in found] == list(SOLVERS)
+        for r in found:
+            assert torch.allclose(r.images, want, atol=1e-4) and r.ms > 0 and len(r.windows) == 3
+            assert r.away == (r.images - found[0].images).abs().max().item() <= 1e-4
+    sequential, gauss_seidel, jacobi, auto = found
+    assert sequential.passes == 3 * 3 and sequential.away == 0. and max(r.passes for r in found) == 9            # never more than the tokens have steps
+    assert (sequential.windows, gauss_seidel.windows, jacobi.windows) == ((1,) * 3, (2,) * 3, (4,) * 3)
+    free, = compare_solvers(flows['free'], 2, solvers=('jacobi',))                                               # no classes
+    assert free.away < 1e-4
+
+
+def test_a_looser_tolerance_takes_no_more_passes(flows):
+    passes = [compare_solvers(flows['a'], 4, None, tol, solvers=('jacobi',))[0].passes for tol in (10., *TOLERANCES, 0.)]
+    assert passes == sorted(passes) and passes[0] < passes[-1] <= 9
+
+
+def test_broken_samples_of_a_comparison_are_grey_and_said(flows):
+    flows['wild'] = shake(tiny(), .8)
+    found = compare_solvers(flows['wild'], 8)
+    assert found[0].images.isnan().any() and all(r.away >= 0 or math.isnan(r.away) for r in found)
+    assert 'broken' in solver_redraw(Flows(flows), Contest('wild', n=8))[1]
+
+
+@pytest.mark.parametrize('change,says', [
+    (dict(model='c'), 'choose of'), (dict(n=0), '1 to 1024'), (dict(n=2.5), '1 to 1024'), (dict(kind='star'), "'none' or 'class'"), (dict(kind='class', w=-1.), '0 or more'), (dict(tol=-1.), 'tol: -1.0'),
+    (dict(tol=math.nan), 'tol: nan'), (dict(seed=-1), 'seed: -1'), (dict(model='free', kind='class'), 'class')])
+def test_bad_contests(flows, change, says):
+    s = Contest(**{'model': 'a', **change})
+    with pytest.raises(ValueError, match=says): contest(Flows(flows), s)
+    pngs, text = solver_redraw(Flows(flows), s)
+    assert 'Nothing to show' in text and 'Traceback' not in text and all(pixels(p).size for p in pngs) and len(pngs) == len(SOLVERS)
+    with pytest.raises(ValueError, match='newton'): compare_solvers(flows['a'], solvers=('newton',))
+
+
+def test_every_control_of_the_solvers(flows):
+    pytest.importorskip('ipywidgets')
+    moves = {'model': 'b', 'n': 16, 'kind': 'none', 'w': 3., 'tol': 1e-2, 'seed': 7}
+    start = Contest('a', kind='class', w=1.)
+    assert set(moves) == {f.name for f in dataclasses.fields(Contest)}
+    for name, value in moves.items():
+        panel = explore.solver_panel(flows, start)
+        assert set(panel.controls) == set(moves) and len(panel.images) == 4
+        before, said = [w.value for w in panel.images], panel.text.value
+        panel.controls[name].value = value
+        after = [w.value for w in panel.images]
+        assert (after != before or name == 'tol') and panel.text.value != said and ' ms' in panel.text.value, name
+        want = contest(Flows(flows), replace(start, **{name: value}))
+        assert all(abs(pixels(png) - pixels(to_png(r.images, 160))).max() <= (2 if name != 'tol' else 30) for png, r in zip(after, want)), name
+        assert all(f'{r.solver}</td>' in panel.text.value for r in want) and panel.controls['w'].disabled == (name == 'kind')
+    panel.controls['kind'].value = 'class'; panel.controls['model'].value = 'free'
+    assert 'Nothing to show' in panel.text.value
+    panel.controls['kind'].value = 'none'
+    assert 'Nothing' not in panel.text.value
+    with pytest.raises(ValueError, match='choose of'): explore.solver_panel(flows, Contest('c'))

@@ -155,7 +155,7 @@ class Page:
         return now
 
 
-def test_every_control_of_both_panels_in_jupyterlab(driver, lab):
+def test_every_control_of_the_panels_in_jupyterlab(driver, lab):
     from selenium.webdriver.common.keys import Keys
     from flowbook import explore
     address, log = lab
@@ -182,11 +182,11 @@ def test_every_control_of_both_panels_in_jupyterlab(driver, lab):
 
     slider, menu = '.noUi-handle', 'select'
     moves = [('seed', slider, right), ('w', slider, right), ('gamma', slider, right), ('label', menu, None), ('schedule', menu, None), ('block', slider, left),
-             ('denoise', 'input', Keys.SPACE), ('model', menu, None), ('kind', menu, None), ('tau', slider, right)]
+             ('denoise', 'input', Keys.SPACE), ('model', menu, 'digits, sigma 0.2'), ('kind', menu, None), ('tau', slider, right)]   # a model of as many blocks
     assert {m[0] for m in moves} == set(twins)
     for name, part, key in moves:
         before = setting()
-        if key is None: page.choose(name)
+        if part == menu: page.choose(name, key)
         else: page.press(name, part, key)
         wait_for(lambda: setting() != before, 10, f'{name}: the control itself')
         changed = [k for k in twins if getattr(setting(), k) != getattr(before, k)]
@@ -217,9 +217,36 @@ def test_every_control_of_both_panels_in_jupyterlab(driver, lab):
         assert end is None or page.stands('sigma', None) == end
         assert 'Nothing to show' not in page.text('density-text')
 
+    # the solvers: each picture is what the plain function gives, and so are the passes but for rounding ('auto' may choose otherwise in another process)
+    fields = explore.solver_controls(ours, explore.Contest('digits, sigma 0.1, 64 tokens'))
+    def at(): return explore.Contest(**{k: page.stands(f'solver-{k}', w) for k, w in fields.items()})
+    def passes(): return [int(cells[1]) for row in page.text('solver-text').split('\n') if (cells := row.split())[:1] and cells[0] in explore.SOLVERS[:3]]
+    memory = {}                                                      # compared again and again while the page catches up
+    def plain():
+        if at() not in memory: memory[at()] = explore.contest(ours, at())
+        return memory[at()]
+    def solved(): return [array(explore.to_png(r.images, 160)) for r in plain()]
+    names = [f'solver-{k}' for k in explore.SOLVERS]
+    pictures = page.settle(names, solved, None, 'the solvers at their start')
+    moves = [('seed', slider, right), ('n', menu, '1'), ('kind', menu, 'class'), ('w', slider, right), ('model', menu, 'digits, sigma 0.1'), ('tol', menu, '1e-03')]
+    assert {m[0] for m in moves} == set(fields)
+    for name, part, key in moves:
+        before, said = at(), page.text('solver-text')
+        if part == menu: page.choose(f'solver-{name}', key)
+        else: page.press(f'solver-{name}', part, key)
+        wait_for(lambda: at() != before, 10, f'{name} of the solvers: the control itself')
+        assert [k for k in fields if getattr(at(), k) != getattr(before, k)] == [name]
+        wait_for(lambda: page.text('solver-text') != said, 30, f'{name} of the solvers: the text')
+        pictures = page.settle(names, solved, None if name == 'tol' else pictures, f'{name} of the solvers')   # a looser tolerance shows in the passes only
+        assert all(abs(a - r.passes) <= 3 for a, r in zip(passes(), plain())) and len(passes()) == 3 and 'Nothing' not in page.text('solver-text')
+    page.choose('solver-model', 'digits, sigma 0.1, no classes')
+    wait_for(lambda: 'needs classes' in page.text('solver-text'), 30, 'a sentence about a flow without classes')
+    page.choose('solver-kind', 'none')
+    page.settle(names, solved, None, 'the solvers again')
+
     assert not page.errors() and script(STATUS) == 'idle'
     if folder := os.environ.get('FLOWBOOK_SCREENSHOT'):               # for people who want to look
-        for name in ('left', 'one'):
+        for name in ('left', 'one', 'solver-jacobi'):
             script("document.querySelector(arguments[0]).scrollIntoView({block: 'center'})", f'img.flowbook-{name}')
             driver.save_screenshot(f'{folder}/{name}.png')
     assert 'Traceback' not in (lines := log.read_text()), lines[-3000:]  # exceptions of callbacks go here, not to the page

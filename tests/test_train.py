@@ -180,3 +180,49 @@ def test_interrupted_by_hand():
     for log in fit(flow, stream(), steps=1000, every=1):
         if log['step'] == 3: break
     assert all(p.isfinite().all() for p in flow.parameters())
+
+
+# ---------------------------------------------------------------------------
+# bf16 by measuring, activations recomputed
+@pytest.mark.parametrize('faster', [True, False])
+def test_amp_by_measuring(monkeypatch, faster):
+    "The choice is made on the first batch, said in the logs, and the run is what it would have been with that choice."
+    from flowbook import train
+    from flowbook.tarflow import TarFlow
+    seen = []
+    monkeypatch.setattr(train, 'faster_in_bf16', lambda flow, x, y, objective: seen.append(len(x)) or faster)
+    def run(amp):
+        torch.manual_seed(0)
+        flow = TarFlow(8, 1, 2, 16, 2, 1, 8, classes=10)
+        return list(train.fit(flow, batches(load('digits'), 8, seed=0), steps=4, every=2, amp=amp))
+    measured, plain = run('measure'), run('bf16' if faster else 'off')
+    assert seen == [8] and [m['amp'] for m in measured] == ['bf16' if faster else 'off'] * 2 and 'amp' not in plain[0]
+    assert [m['loss'] for m in measured] == [p['loss'] for p in plain]
+
+
+def test_measuring_changes_nothing():
+    from flowbook.tarflow import TarFlow
+    from flowbook.train import faster_in_bf16
+    flow, x, y = TarFlow(8, 1, 2, 16, 2, 1, 8, classes=10), torch.randn(4, 1, 8, 8), torch.zeros(4).long()
+    for p in flow.parameters(): p.grad = torch.ones_like(p)
+    weights, rng = [p.detach().clone() for p in flow.parameters()], torch.random.get_rng_state()
+    assert faster_in_bf16(flow, x, y, gain=0.) and not faster_in_bf16(flow, x, y, gain=1e9)
+    assert all(torch.equal(p, w) and torch.equal(p.grad, torch.ones_like(p)) for p, w in zip(flow.parameters(), weights))
+    assert torch.equal(torch.random.get_rng_state(), rng)
+
+
+@pytest.mark.parametrize('kind', ['tarflow', 'coupling', 'maf'])
+def test_recomputed_activations_give_the_same_gradients(kind):
+    from flowbook.flows import MAF, Chain, shake
+    from flowbook.tarflow import TarFlow
+    from flowbook.train import NLL
+    torch.manual_seed(0)
+    if kind == 'maf': flow, x = shake(Chain(MAF(6, 8, classes=3), MAF(6, 8, classes=3))).double(), torch.randn(4, 6).double()
+    else: flow, x = shake(TarFlow(8, 1, 2, 16, 2, 2, 8, classes=3, kind={'tarflow': 'nvp'}.get(kind, kind))).double(), torch.randn(4, 1, 8, 8).double()
+    grads, y = [], torch.tensor([0, 1, 2, -1])
+    for checkpoint in (False, True):
+        flow.zero_grad()
+        loss = NLL(checkpoint)(flow, x, y)['loss']
+        grads.append((loss, *(p.grad.clone() for p in flow.parameters() if p.grad is not None)))
+    assert all(torch.allclose(a, b, atol=1e-12, rtol=0) for a, b in zip(*grads)) and len(grads[0]) == len(grads[1])
+    with pytest.raises(ValueError, match='checkpoint'): NLL('yes')

@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['NAMES', 'parser', 'draw', 'pick_guidance', 'known_noise', 'bits', 'main', 'judged', 'table', 'cli']
 
-# %% ../../nbs/16_evaluate.ipynb #c3c6663e
+# %% ../../nbs/16_evaluate.ipynb #0148b9c6
 import argparse, json, time
 import torch
 from torch import distributed as dist
 from ..data import keyed, load, save_images
 from ..denoise import denoise
-from ..guidance import SCHEDULES, ClassGuidance, Guidance, StarGuidance, TemperatureGuidance, guided_inverse
+from ..guidance import SCHEDULES, ClassGuidance, Guidance, StarGuidance, TemperatureGuidance
 from ..metrics import METRICS, agreement, digit_classifier, evaluate, gathered, load_statistics, rank_part, ranks
+from ..sampling import invert
 from .fid_stats import add_source, as_script, can_write, join_ranks, pick_extractor
 from ..tarflow import TarFlow
 from ..train import Dequantize, GaussianNoise, mean_nll, to_bits
 
-# %% ../../nbs/16_evaluate.ipynb #46767dfe
+# %% ../../nbs/16_evaluate.ipynb #d7acb2dc
 def parser() -> argparse.ArgumentParser:
     "The command line of `flowbook_evaluate`."
     p = argparse.ArgumentParser('flowbook_evaluate', description='Samples of a checkpoint against real images (chapter 05), and bits/dim.')
@@ -33,13 +34,16 @@ def parser() -> argparse.ArgumentParser:
     add('--w', type=float, default=1., help='guidance weight (default: %(default)s)')
     add('--tau', type=float, default=2., help='of temperature guidance (default: %(default)s)')
     add('--schedule', choices=tuple(SCHEDULES), default='constant', help='of the weight over positions (default: %(default)s)')
+    # 'auto' may find another solver in each process, and so other last digits: one and eight processes are to agree
+    add('--solver', type=lambda v: int(v) if v.isdigit() else v, default='sequential',
+        help="of the inversion, chapter 09: 'sequential', 'gauss-seidel', 'jacobi', a window of tokens, or 'auto' for the quickest (default: %(default)s)")
     add('--denoise', action='store_true', help="remove the noise that the model was trained with, chapter 07 (its sigma: the card's, or --noise)")
     add('--seed', type=int, default=0, help='of the samples (default: %(default)s)')
     add('--save', metavar='PNG', help='also write the first 100 samples')
     add('--json', action='store_true', help='print JSON instead of a table')
     return p
 
-# %% ../../nbs/16_evaluate.ipynb #d4577380
+# %% ../../nbs/16_evaluate.ipynb #dd21407d
 def draw(flow, a, n:int, sigma:float, watch=lambda x, y: None):
     "Batches of this rank's share of `n` samples; `watch` sees each batch with its labels."
     guidance, (rank, world) = pick_guidance(a), rank_part()
@@ -47,7 +51,7 @@ def draw(flow, a, n:int, sigma:float, watch=lambda x, y: None):
     normal = lambda i: torch.from_numpy(keyed(a.seed, 0, int(i), 'sample').standard_normal(flow.z_shape, dtype='float32'))
     for index in torch.arange(n)[rank::world].split(a.batch_size):
         y = (index % flow.classes).to(like.device) if flow.classes else None
-        with torch.inference_mode(): x = guided_inverse(flow, torch.stack([normal(i) for i in index]).to(like) * scale, y, guidance)
+        x = invert(flow, torch.stack([normal(i) for i in index]).to(like) * scale, y, guidance, a.solver)
         if a.denoise: x = denoise(flow, x, sigma, y)
         watch(x, None if y is None else y.cpu())
         yield x
