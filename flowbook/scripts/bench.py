@@ -6,7 +6,7 @@
 __all__ = ['MODELS', 'TRAINING', 'SOLVERS', 'race', 'ratio', 'peak_memory', 'matmul_rate', 'operations', 'bench_sampling',
            'bench_training', 'parser', 'whole', 'pick_models', 'fresh', 'line', 'report', 'main', 'cli']
 
-# %% ../../nbs/16_bench.ipynb #a837757c
+# %% ../../nbs/16_bench.ipynb #efd6357d
 import argparse, copy, math, os, statistics, sys, time
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ MODELS = ('digits-0.1', 'digits-p1-0.1', 'mnist5k-p2-0.2')     # 16, 64 and 256 
 TRAINING = ('8,1,2,64,4,2', '8,1,1,64,4,2', '8,1,1,128,4,2', '8,1,1,256,2,2', '32,1,2,64,4,2')  # sizes of the training step
 SOLVERS = ('sequential', 'gauss-seidel', 'jacobi', 'auto')
 
-# %% ../../nbs/16_bench.ipynb #3787dc59
+# %% ../../nbs/16_bench.ipynb #d171a1ee
 def race(runs:dict, rounds:int, device) -> dict: # name -> function  ->  name -> {'wall': seconds of every round, 'cpu': ...}
     "Run everything once to warm up, then in turns."
     wait = torch.cuda.synchronize if torch.device(device).type == 'cuda' else lambda: None
@@ -39,7 +39,7 @@ def ratio(times:dict, name:str, to:str, clock:str='wall') -> dict:
     each = sorted(b / a for a, b in zip(times[name][clock], times[to][clock]))
     return {'median': statistics.median(each), 'low': each[0], 'high': each[-1]}
 
-# %% ../../nbs/16_bench.ipynb #3cdb8727
+# %% ../../nbs/16_bench.ipynb #1eba2b70
 def peak_memory(run, device) -> int:     # bytes
     "The most memory that tensors made by `run` held at one time."
     if torch.device(device).type == 'cuda':
@@ -56,7 +56,7 @@ def peak_memory(run, device) -> int:     # bytes
         top = max(top, now)
     return top
 
-# %% ../../nbs/16_bench.ipynb #b455e0ee
+# %% ../../nbs/16_bench.ipynb #5ec9e268
 def matmul_rate(device, dtype=torch.float32, size:int=1024) -> float: # operations a second
     "What a product of two large matrices reaches here: the best of several."
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -70,7 +70,7 @@ def operations(flow:TarFlow, b:int, passes:int=1) -> float:
     ends = len(flow.blocks) * 2 * 3 * flow.z_shape[1] * dim                            # proj_in, proj_out
     return passes * b * (n - 1) * (layers * (24 * dim**2 + 4 * dim * n / 2) + ends)
 
-# %% ../../nbs/16_bench.ipynb #c3d5d7d5
+# %% ../../nbs/16_bench.ipynb #f2d3b330
 def bench_sampling(flow:TarFlow, b:int, guidance:Guidance=None, rounds:int=5, dtype=None, tol:float=1e-5, naive:bool=True, seed:int=0) -> dict:
     "All samplers on the same latents: speed against the textbook's, passes, error of a sample (against float64), memory, share of the matrix rate."
     device, n, T = next(flow.parameters()).device, flow.z_shape[0], len(flow.blocks)
@@ -96,7 +96,7 @@ def bench_sampling(flow:TarFlow, b:int, guidance:Guidance=None, rounds:int=5, dt
         if name != 'textbook': out[name]['passes'] = passes(name)
     return {'tokens': n, 'batch': b, 'guided': guidance is not None, 'steps': T * (n - 1), 'threads': torch.get_num_threads(), 'samplers': out}
 
-# %% ../../nbs/16_bench.ipynb #7d8c7d24
+# %% ../../nbs/16_bench.ipynb #4df98299
 def bench_training(flow:TarFlow, b:int, rounds:int=7) -> dict:
     "Forward and backward pass: ours against a plain one with an explicit mask, and under bf16 autocast."
     device = next(flow.parameters()).device
@@ -115,12 +115,12 @@ def bench_training(flow:TarFlow, b:int, rounds:int=7) -> dict:
         k: {'speed': ratio(times, k, 'plain, mask'), 'ms': 1e3 * statistics.median(t['wall']), 'cpu_ms': 1e3 * statistics.median(t['cpu']),
             'rate': 3 * operations(flow, b) / statistics.median(t['wall']) / rate[k]} for k, t in times.items()}}
 
-# %% ../../nbs/16_bench.ipynb #8b2dde14
+# %% ../../nbs/16_bench.ipynb #9aa327ee
 def parser() -> argparse.ArgumentParser:
     "The command line of `flowbook_bench`."
     p = argparse.ArgumentParser('flowbook_bench', description='Samplers and training steps against plain ones, measured in turns, as ratios (chapter 09).')
     add = p.add_argument
-    add('--models', default=','.join(MODELS), help='checkpoints, with commas (default: %(default)s)')
+    add('--models', default=','.join(MODELS), help="checkpoints, with commas, or 'none' (default: %(default)s)")
     add('--fresh', metavar='SIZE,CHANNELS,PATCH,DIM,BLOCKS,LAYERS', help='an untrained flow instead; its parallel solvers say nothing')
     add('--batch', default='1,16', help='batch sizes of sampling, with commas (default: %(default)s)')
     add('--w', type=float, default=1., help='weight of class guidance in the guided lines (default: %(default)s)')
@@ -134,7 +134,7 @@ def parser() -> argparse.ArgumentParser:
     add('--json', nargs='?', const='', metavar='FILE', help='also write the results (default: nbs/results/bench.<device>.json)')
     return p
 
-# %% ../../nbs/16_bench.ipynb #b8dd16b7
+# %% ../../nbs/16_bench.ipynb #7ffe0977
 def whole(text:str, name:str) -> list:
     "Whole numbers of 1 or more, from a text with commas."
     try: numbers = [int(v) for v in text.split(',')]
@@ -144,6 +144,7 @@ def whole(text:str, name:str) -> list:
 
 def pick_models(a) -> dict:
     "The flows to measure, by name."
+    if a.models == 'none': return {}
     if not a.fresh: return {name: TarFlow.from_pretrained(name, device=a.device) for name in a.models.split(',')}
     return {f'untrained {a.fresh}': fresh(a.fresh, a.device)}
 
@@ -156,7 +157,7 @@ def fresh(text:str, device) -> TarFlow:
     for block in flow.blocks: torch.nn.init.normal_(block.proj_out.weight, std=.02)    # not the identity, at least
     return flow
 
-# %% ../../nbs/16_bench.ipynb #70dab2d0
+# %% ../../nbs/16_bench.ipynb #3ef32989
 def line(name, r) -> str:
     "One sampler or step for people."
     s = r['speed']
@@ -171,7 +172,7 @@ def report(r:dict, name:str) -> str:
     head = f'{name}: {r["tokens"]} tokens, {what}, {r["threads"]} thread{"s" * (r["threads"] > 1)}'
     return '\n'.join([head] + [line(k, v) for k, v in (r.get('samplers') or r['steps']).items()])
 
-# %% ../../nbs/16_bench.ipynb #3ab7297f
+# %% ../../nbs/16_bench.ipynb #2391137a
 def main(argv=None) -> dict:
     "Measure, print every table as soon as it is there, and return (or write) all of them."
     a = parser().parse_args(argv)
@@ -198,9 +199,9 @@ def main(argv=None) -> dict:
         print(f'written to {file}')
     return out
 
-# %% ../../nbs/16_bench.ipynb #c8a401f4
+# %% ../../nbs/16_bench.ipynb #3c8dbfdb
 def cli() -> None: as_script(main, 'flowbook_bench')
 
-# %% ../../nbs/16_bench.ipynb #a57ac571
+# %% ../../nbs/16_bench.ipynb #d55fa613
 #| eval: false
 if __name__ == '__main__' and '__file__' in globals(): cli()
