@@ -71,7 +71,7 @@ class DropLabels:
 
     def __repr__(self): return f'DropLabels({self.p})'
 
-# %% ../nbs/02_train.ipynb #d2876d77
+# %% ../nbs/02_train.ipynb #a54548b4
 class NLL:
     "Negative log-likelihood per dimension in nats, constants included. TARFlow Eq. 2, 6."
     def __init__(self, checkpoint:bool=False): # recompute each block in the backward pass: less memory, one forward pass more
@@ -87,6 +87,7 @@ class NLL:
 def recomputed(flow:nn.Module, x:Tensor, y=None) -> Tensor: # (b, ...) -> (b,) nats
     "`flow.log_prob` that keeps only what passes from part to part, and runs each part again when its gradient is asked for."
     from torch.utils.checkpoint import checkpoint
+    if hasattr(flow, 'check'): flow.check(x)              # the parts would not know what an image is
     z, logdet = flow.to_parts(x), 0.
     for part in flow.parts():
         z, ld = checkpoint(part, z, y, use_reentrant=False)
@@ -199,22 +200,24 @@ def _next_batch(it, step, steps):
         raise ValueError(f'data: ended after {step - 1} batches, but steps={steps}; '
                          'batches(..., epochs=None) goes on for ever') from None
 
-# %% ../nbs/02_train.ipynb #6629117c
+# %% ../nbs/02_train.ipynb #d5cc14d8
 def faster_in_bf16(flow:nn.Module, x:Tensor, y:Tensor, objective=None, rounds:int=3, gain:float=1.1) -> bool:
     "Is a forward and backward pass under bf16 autocast `gain` times as fast as in float32? Timed in turns on one batch."
     objective = NLL() if objective is None else objective
     params = [p for m in (flow, objective) if isinstance(m, nn.Module) for p in m.parameters()]
     grads, least = [p.grad for p in params], {'off': math.inf, 'bf16': math.inf}
     wait = torch.cuda.synchronize if x.is_cuda else lambda: None
-    with torch.random.fork_rng([x.device] if x.is_cuda else []):
-        for k in range(rounds + 1):                         # the first round warms up
-            for amp in least:
-                for p in params: p.grad = None
-                wait(); began = time.perf_counter()
-                with _autocast(x.device, amp): objective(flow, x, y)
-                wait()
-                if k: least[amp] = min(least[amp], time.perf_counter() - began)
-    for p, g in zip(params, grads): p.grad = g
+    try:
+        with torch.random.fork_rng([x.device] if x.is_cuda else []):
+            for k in range(rounds + 1):                         # the first round warms up
+                for amp in least:
+                    for p in params: p.grad = None
+                    wait(); began = time.perf_counter()
+                    with _autocast(x.device, amp): objective(flow, x, y)
+                    wait()
+                    if k: least[amp] = min(least[amp], time.perf_counter() - began)
+    finally:
+        for p, g in zip(params, grads): p.grad = g
     return least['off'] > gain * least['bf16']
 
 # %% ../nbs/02_train.ipynb #6e55bea8
