@@ -20,9 +20,9 @@ from .flows import ClassEmbedding, Flow, Pretrained, affine, check_y, load_stric
 # Axis legend of this module: b batch, n tokens, d numbers in a token, c h w image, h heads,
 # e width of a head, t block, l layer; `dim` is the width of the Transformer.
 
-# %% ../nbs/04_tarflow.ipynb #5afded22
+# %% ../nbs/04_tarflow.ipynb #71711712
 def attention(q:Tensor, k:Tensor, v:Tensor, mask, causal:bool, scale:float) -> Tensor: # (b, h, n, e)
-    "Scaled dot-product attention, fused; under bf16 on a CPU in float32, where its backward pass is three times as fast."
+    "Scaled dot-product attention, fused; under bf16 on a CPU in float32, whose backward pass is the faster one there."
     if q.device.type != 'cpu' or q.dtype != torch.bfloat16: return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
     wide = lambda t: t.float() if torch.is_tensor(t) and t.is_floating_point() else t
     with torch.autocast('cpu', enabled=False):
