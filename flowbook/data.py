@@ -401,7 +401,7 @@ def resize_levels(
         return v.round().clamp(0, levels - 1).to(torch.uint8)
     return torch.cat([resampled(v) for v in images.split(1000)])    # in parts: floats take 4 times the memory
 
-# %% ../nbs/00_data.ipynb #292061ea
+# %% ../nbs/00_data.ipynb #f91988be
 class Batch(NamedTuple):
     "What a training step sees, and the keys of its randomness. A transform is a callable Batch -> Batch."
     x: Tensor      # (b, c, h, w) in [-1, 1]
@@ -409,6 +409,7 @@ class Batch(NamedTuple):
     index: Tensor  # (b,) int64, the samples' places in their dataset
     epoch: int     # how often the dataset has been gone through before
     seed: int      # of the run
+    target: Tensor|None = None # what an objective is to see beside x: the images before the noise, for instance (chapter 11)
 
 # %% ../nbs/00_data.ipynb #18baabb6
 class Flip:

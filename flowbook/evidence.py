@@ -210,7 +210,7 @@ class Experiment:
 
 # %% ../nbs/03_evidence.ipynb #33fc0006
 EXPERIMENTS = {}
-CHAPTERS = 'evidence', 'denoise', 'guidance', 'scripts.demo'  # the modules that register experiments
+CHAPTERS = 'evidence', 'denoise', 'guidance', 'classify', 'repa', 'scripts.demo'  # the modules that register experiments
 
 def experiment(name:str, claims:tuple=(), title:str='',
                seeds:dict=None,     # budget -> how many seeds, for instance {'smoke': 1, 'laptop': 3}

@@ -42,7 +42,7 @@ class Setting:
     seed: int = 0                    # of the latents
     block: int|None = None           # blocks inverted so far: 0 is z, T the image; None: all
 
-# %% ../nbs/17_explore.ipynb #f9c716fd
+# %% ../nbs/17_explore.ipynb #61a818c3
 def book_flows() -> dict: # name -> TarFlow, in the order of their folders
     "The TARFlows that come with the book."
     import json
@@ -52,7 +52,7 @@ def book_flows() -> dict: # name -> TarFlow, in the order of their folders
         config, card = read(folder/'config.json'), read(folder/'card.json')
         if config.get('_class_name') != 'TarFlow' or config['channels'] not in (1, 3) or not card.get('sigma'): continue
         flow = TarFlow.from_pretrained(folder)
-        name = f"{card['data']}, sigma {card['sigma']:g}" + ('' if config['classes'] else ', no classes')
+        name = f"{card['data']}, sigma {card['sigma']:g}" + ('' if config['classes'] else ', no classes') + ', aligned' * ('aligned' in card)
         if name in flows: name += f', {flow.z_shape[0]} tokens'
         flows[folder.name if name in flows else name] = flow
     return flows

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FLOWS', 'bits_per_dim', 'PointsFlow', 'show_density_1d', 'show_density_2d', 'spiral', 'condition', 'is_broken',
-           'Shift', 'averaging', 'train_flow', 'Dequantize', 'GaussianNoise']
+           'Shift', 'averaging', 'train_flow', 'with_card', 'Dequantize', 'GaussianNoise']
 
 # %% ../nbs/06_noise.ipynb #45b84430
 import math
@@ -202,25 +202,30 @@ class Shift:
 
     def __repr__(self): return f'Shift({self.pixels})'
 
-# %% ../nbs/06_noise.ipynb #a09b3799
-def averaging(c:dict, data, transforms, seed:int, every:int): # c: model, classes, steps, lr, batch_size, average, weight_decay
+# %% ../nbs/06_noise.ipynb #e285385a
+def averaging(c:dict, data, transforms, seed:int, every:int, # c: model, classes, steps, lr, batch_size, average, weight_decay
+              objective=None):           # flow -> Objective; None: the likelihood
     "Train a TarFlow as a recipe says; yields (step, the averaged flow so far) every so many steps."
     torch.manual_seed(seed)
     flow = TarFlow(**c['model'], classes=c['classes'])
     mean, steps = ema(flow, c['average']), c['steps']
     stream = batches(data, c['batch_size'], seed=seed, transforms=list(transforms) + [DropLabels(.1)] * bool(c['classes']))
-    for log in fit(flow, stream, steps=steps, lr=c['lr'], warmup=steps // 20, weight_decay=c['weight_decay'], ema=mean, every=every):
+    for log in fit(flow, stream, objective and objective(flow), steps=steps, lr=c['lr'], warmup=steps // 20, weight_decay=c['weight_decay'], ema=mean, every=every):
         yield log['step'], mean.module.eval()
 
-# %% ../nbs/06_noise.ipynb #9eed6ac9
+# %% ../nbs/06_noise.ipynb #0aedae7a
 def train_flow(name:str,                 # one of FLOWS
                seed:int=0, steps:int=None) -> TarFlow: # fewer steps, to try it
     "Train a checkpoint of the book by its recipe; the averaged weights, with their card."
     if name not in FLOWS: raise ValueError(f'name: {name!r}; choose of {", ".join(FLOWS)}')
     c, steps = FLOWS[name], FLOWS[name]['steps'] if steps is None else steps
-    size = c['model']['image_size']                                              # MNIST at 32: padded
-    data, test, noise = load(c['data'], image_size=size), load(c['data'], 'test', image_size=size), [GaussianNoise(c['sigma'])]
-    for _, flow in averaging({**c, 'steps': steps}, data, [Shift(c.get('shift', 0)), *noise], seed, every=max(1, steps // 20)): pass
-    bits = {f'{split}_bits_per_dim': round(to_bits(mean_nll(flow, part, noise, batch_size=100)), 4) for split, part in (('train', data), ('test', test))}
-    flow.card = {'data': c['data'], 'sigma': c['sigma'], 'seed': seed, 'steps': steps, **bits, 'class_names': list(data.classes) if c['classes'] else []}
+    data = load(c['data'], image_size=c['model']['image_size'])                  # MNIST at 32: padded
+    for _, flow in averaging({**c, 'steps': steps}, data, [Shift(c.get('shift', 0)), GaussianNoise(c['sigma'])], seed, every=max(1, steps // 20)): pass
+    return with_card(flow, c, seed, steps)
+
+def with_card(flow:TarFlow, c:dict, seed:int, steps:int, **more) -> TarFlow:
+    "The flow with what is known about its training on its card: bits per dimension of the noisy density are measured."
+    part = lambda split: load(c['data'], split, image_size=c['model']['image_size'])
+    bits = {f'{split}_bits_per_dim': round(to_bits(mean_nll(flow, part(split), [GaussianNoise(c['sigma'])], batch_size=100)), 4) for split in ('train', 'test')}
+    flow.card = {'data': c['data'], 'sigma': c['sigma'], 'seed': seed, 'steps': steps, **bits, 'class_names': list(part('train').classes) if c['classes'] else [], **more}
     return flow

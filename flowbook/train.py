@@ -124,10 +124,10 @@ def ema(flow:nn.Module, decay:float) -> torch.optim.swa_utils.AveragedModel:
         raise ValueError(f'decay: {decay}; it lies in 0..1, for instance 0.999, and below 1')
     return AveragedModel(flow, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
-# %% ../nbs/02_train.ipynb #72e91d3d
+# %% ../nbs/02_train.ipynb #e1964837
 def fit(flow:nn.Module,       # a Flow (or any module that the objective understands), trained in place
-        data,                 # iterable of Batch, or of (x, y); `batches(...)` gives one
-        objective=None,       # callable (flow, x, y) -> logs that leaves gradients in .grad; NLL() by default
+        data,                 # iterable of Batch, or of (x, y); `batches(...)` gives one; with a target, the objective sees it
+        objective=None,       # callable (flow, x, y[, target]) -> logs that leaves gradients in .grad; NLL() by default
         *, steps:int,         # optimiser steps
         lr:float=1e-3,        # peak learning rate
         betas:tuple=(.9, .95), weight_decay:float=1e-4, # AdamW's, as in TARFlow §3
@@ -147,21 +147,23 @@ def fit(flow:nn.Module,       # a Flow (or any module that the objective underst
     flow.to(device).train()
     if compile: flow.compile()
     modules = [m for m in (flow, objective) if isinstance(m, nn.Module)]
+    if isinstance(objective, nn.Module): objective.to(device) # an objective may have parameters, too (chapter 11)
     params = [p for m in modules for p in m.parameters() if p.requires_grad]
     it, chosen = iter(data), {}
     if amp == 'measure':                                    # on the first batch, which is then trained on as usual
         first = _next_batch(it, 1, steps)
-        amp = 'bf16' if faster_in_bf16(flow, *(v.to(device) for v in first), objective) else 'off'
+        x, y, *more = (v.to(device) for v in _sees(first))
+        amp = 'bf16' if faster_in_bf16(flow, x, y, objective, more=more) else 'off'
         it, chosen = itertools.chain([first], it), {'amp': amp}
     opt, autocast = adamw(params, lr, betas, weight_decay), _autocast(device, amp)
     kept = Kept([*params, *(ema.module.parameters() if ema is not None else [])])
     meter, start = Meter(), time.perf_counter()
     for step in range(1, steps + 1):
-        x, y = _next_batch(it, step, steps)
+        batch = _next_batch(it, step, steps)
         for group in opt.param_groups: group['lr'] = lr * schedule(step - 1, steps, warmup)
         opt.zero_grad(set_to_none=True)
-        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        with autocast: logs = objective(flow, x, y)
+        x, y, *more = (v.to(device, non_blocking=True) for v in _sees(batch))
+        with autocast: logs = objective(flow, x, y, *more)
         norm = nn.utils.clip_grad_norm_(params, math.inf if clip is None else clip)
         meter.add(step, {**logs, 'grad_norm': norm})
         if report := step % every == 0 or step == steps:
@@ -172,7 +174,7 @@ def fit(flow:nn.Module,       # a Flow (or any module that the objective underst
         if ema is not None: ema.update_parameters(flow)
         if report: yield {'step': step, **means, 'lr': now, 'seconds': time.perf_counter() - start, **chosen}
 
-# %% ../nbs/02_train.ipynb #fa0dbdd8
+# %% ../nbs/02_train.ipynb #d7e6c141
 def _check_fit(steps, every, lr, amp, warmup, clip, ema):
     "ValueError for arguments that `fit` cannot work with."
     if steps < 1 or every < 1:
@@ -194,14 +196,19 @@ def _autocast(device, amp):
     return torch.autocast(device.type, torch.bfloat16, enabled=amp == 'bf16' or auto)
 
 def _next_batch(it, step, steps):
-    "(x, y) from the data; ValueError where they end too soon."
-    try: return next(it)[:2]
+    "The next batch of the data; ValueError where they end too soon."
+    try: return next(it)
     except StopIteration:
         raise ValueError(f'data: ended after {step - 1} batches, but steps={steps}; '
                          'batches(..., epochs=None) goes on for ever') from None
 
-# %% ../nbs/02_train.ipynb #d5cc14d8
-def faster_in_bf16(flow:nn.Module, x:Tensor, y:Tensor, objective=None, rounds:int=3, gain:float=1.1) -> bool:
+def _sees(batch):
+    "What an objective is called with: x, y, and the target of a batch that has one."
+    target = getattr(batch, 'target', None)
+    return tuple(batch[:2]) if target is None else (*batch[:2], target)
+
+# %% ../nbs/02_train.ipynb #de22ecff
+def faster_in_bf16(flow:nn.Module, x:Tensor, y:Tensor, objective=None, rounds:int=3, gain:float=1.1, more:tuple=()) -> bool:
     "Is a forward and backward pass under bf16 autocast `gain` times as fast as in float32? Timed in turns on one batch."
     objective = NLL() if objective is None else objective
     params = [p for m in (flow, objective) if isinstance(m, nn.Module) for p in m.parameters()]
@@ -213,7 +220,7 @@ def faster_in_bf16(flow:nn.Module, x:Tensor, y:Tensor, objective=None, rounds:in
                 for amp in least:
                     for p in params: p.grad = None
                     wait(); began = time.perf_counter()
-                    with _autocast(x.device, amp): objective(flow, x, y)
+                    with _autocast(x.device, amp): objective(flow, x, y, *more)
                     wait()
                     if k: least[amp] = min(least[amp], time.perf_counter() - began)
     finally:

@@ -261,6 +261,7 @@ def test_committed_results_are_current_and_positive():
         states |= {c: v.state for c, v in ev.verdicts(record).items()}
     assert {c: states[c] for c in ('T1', 'T2', 'T3', 'T4', 'T5')} == {'T1': 'exact', 'T2': 'exact', 'T3': 'exact', 'T4': 'exact', 'T5': 'seen'}
     assert {c: states[c] for c in ('T8', 'T9', 'T10', 'T13', 'T17')} == {'T8': 'seen', 'T9': 'seen', 'T10': 'seen', 'T13': 'seen', 'T17': 'exact'}
+    assert {c: states[c] for c in ('R1', 'R3', 'R4', 'R5')} == {'R1': 'seen', 'R3': 'exact', 'R4': 'exact', 'R5': 'exact'}
 
 
 def test_models_of_t5_are_equally_large():

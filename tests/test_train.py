@@ -190,7 +190,7 @@ def test_amp_by_measuring(monkeypatch, faster):
     from flowbook import train
     from flowbook.tarflow import TarFlow
     seen = []
-    monkeypatch.setattr(train, 'faster_in_bf16', lambda flow, x, y, objective: seen.append(len(x)) or faster)
+    monkeypatch.setattr(train, 'faster_in_bf16', lambda flow, x, y, objective, more: seen.append(len(x)) or faster)
     def run(amp):
         torch.manual_seed(0)
         flow = TarFlow(8, 1, 2, 16, 2, 1, 8, classes=10)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'know_passes', 'brief', 'main', 'cli']
 
-# %% ../../nbs/16_remake.ipynb #f7f40d7c
+# %% ../../nbs/16_remake.ipynb #9ac143bb
 import argparse, json, sys, time
 from difflib import get_close_matches
 from functools import partial
@@ -15,12 +15,17 @@ from ..flows import weights_folder
 from ..guidance import ClassGuidance, TemperatureGuidance
 from ..metrics import train_digit_classifier
 from ..noise import FLOWS, train_flow
+from ..repa import ALIGNED, train_aligned_flow, train_digits_encoder, train_digits_encoder_labels
 from ..sampling import calibrate
 from ..tarflow import TarFlow
 
 RECIPES = {'digits-classifier': (train_digit_classifier, 'the judge of the samples of digits, about a minute')}
 RECIPES |= {name: (partial(train_flow, name), f'TARFlow on {c["data"]}, noise {c["sigma"]}, '
                    f'{"with" if c["classes"] else "without"} classes, {c.get("minutes", 2)} minutes') for name, c in FLOWS.items()}
+RECIPES |= {'digits-encoder': (train_digits_encoder, 'a vision encoder of digits, trained without labels, 2 minutes'),
+            'digits-encoder-labels': (train_digits_encoder_labels, 'the same trained on the labels, a control, a minute')}
+RECIPES |= {name: (partial(train_aligned_flow, name), f'TARFlow on {c["data"]}, noise {c["sigma"]}, aligned with {c["how"]["encoder"]!r}, {c["minutes"]} minutes')
+            for name, c in ALIGNED.items()}
 
 # %% ../../nbs/16_remake.ipynb #b79e1276
 def know_passes(model):                  # the model itself; its card is another
