@@ -10,11 +10,11 @@ __all__ = ['ENCODERS', 'DIGITS_ENCODERS', 'STRATEGIES', 'SMALL', 'PLACES', 'ALIG
            'Trace', 'trace', 'nll_per_dimension', 'Forward', 'ReverseSequential', 'alignment_gradient', 'flat',
            'gradient_support', 'pseudo_reverse', 'Reverse', 'Detach', 'vjp', 'push', 'Pulled', 'pull_through',
            'run_cut', 'shared_backward', 'upwards', 'downwards', 'value_error', 'judge_exact', 'alignment_exact',
-           'KeepClean', 'Lookup', 'Alignment', 'train_aligned', 'features_of', 'drawn', 'look', 'shrunk',
-           'judge_alignment', 'alignment', 'against', 'judge_faster', 'judge_gain', 'alignment_gain', 'judge_settings',
-           'alignment_settings', 'judge_longer', 'alignment_longer', 'alignment_mnist', 'train_aligned_flow',
-           'timm_name', 'patch_side', 'timm_vit', 'MissingWeights', 'few_words', 'cached', 'check_reachable',
-           'no_answer']
+           'KeepClean', 'Lookup', 'encoder_may_miss', 'without_encoder', 'Alignment', 'train_aligned', 'features_of',
+           'drawn', 'look', 'shrunk', 'judge_alignment', 'alignment', 'against', 'judge_faster', 'judge_gain',
+           'alignment_gain', 'judge_settings', 'alignment_settings', 'judge_longer', 'alignment_longer',
+           'alignment_mnist', 'train_aligned_flow', 'timm_name', 'patch_side', 'timm_vit', 'MissingWeights',
+           'few_words', 'cached', 'check_reachable', 'no_answer']
 
 # %% ../nbs/11_repa.ipynb #b8e13f48
 import difflib, logging, math, threading
@@ -48,10 +48,10 @@ ENCODERS = {'dinov2-b': 'vit_base_patch14_dinov2.lvd142m',     # R-REPA §4.2: t
 
 DIGITS_ENCODERS = {'digits': 'digits-encoder', 'digits-labels': 'digits-encoder-labels'} # the book's own, in `flowbook/weights`
 
-# %% ../nbs/11_repa.ipynb #6cb44a35
+# %% ../nbs/11_repa.ipynb #e9379984
 class Encoder(nn.Module):
     "A frozen Vision Transformer: one feature vector for each token of a flow. R-REPA §4.2: v = Phi(x)."
-    def __init__(self, model:nn.Module,  # a ViT of timm
+    def __init__(self, model:nn.Module,  # a ViT of timm, which is frozen here
                  grid:tuple,             # (rows, columns) of the flow's tokens
                  patch:int,              # side of the model's patch, in pixels
                  mean=(.5,), std=(.5,),  # of the model's training images, one number a channel, on the scale 0..1
@@ -84,7 +84,7 @@ class Encoder(nn.Module):
         x, size = x.float(), tuple(side * self.patch for side in self.grid)
         if x.shape[1] != self.channels: x = x.mean(1, keepdim=True).expand(-1, self.channels, -1, -1)
         if tuple(x.shape[2:]) != size: x = F.interpolate(x, size, mode='bicubic', antialias=True)
-        return ((x + 1) / 2 - self.mean) / self.std
+        return (((x + 1) / 2 - self.mean) / self.std).to(next(self.model.parameters()).dtype)
 
     def extra_repr(self): return f'{self.name}: {self.grid} patches of {self.patch} pixels, width {self.width}'
 
@@ -112,10 +112,10 @@ def encoder(name:str,           # 'dinov2-b', 'dinov2-l', 'clip-b', 'mae-b'; any
     cfg = model.pretrained_cfg
     return Encoder(model, grid, patch, cfg['mean'], cfg['std'], name).to(device)
 
-# %% ../nbs/11_repa.ipynb #335f8e30
+# %% ../nbs/11_repa.ipynb #c9d27e75
 def encode(encoder, data, batch_size:int=256) -> Tensor: # (samples, n, D)
     "The encoder's features of a whole dataset."
-    return torch.cat([encoder(data.batch(i)[0]) for i in torch.arange(len(data)).split(batch_size)])
+    return torch.cat([encoder(data.batch(i)[0].to(encoder.mean.device)).cpu() for i in torch.arange(len(data)).split(batch_size)])
 
 # %% ../nbs/11_repa.ipynb #51649ec6
 class DigitsViT(nn.Module, Pretrained):
@@ -180,7 +180,7 @@ class Views:
         views = [self.views(batch._replace(x=x), stream).x for x, stream in ((batch.x, 'first'), (other, 'second'))]
         return batch._replace(x=torch.stack(views, 1), y=torch.full_like(batch.y, -1))            # the loss never sees a label
 
-# %% ../nbs/11_repa.ipynb #1c65fe03
+# %% ../nbs/11_repa.ipynb #5fb4cf5d
 class VICReg(nn.Module):
     "Mean tokens of two views agree, and their coordinates vary and are uncorrelated. Bardes et al., 2022, Eq. 6."
     def __init__(self, dim:int=64,       # width of the network
@@ -200,20 +200,20 @@ class VICReg(nn.Module):
             mixed = mixed + (cov.square().sum() - cov.diagonal().square().sum()) / len(cov)
         return torch.stack([F.mse_loss(a, b), short, mixed])
 
-    def __call__(self, net, x, y):       # x (b, 2, c, h, w); y is not used
+    def __call__(self, net, x, y, target=None): # x (b, 2, c, h, w); y and target are not used
         a, b = (self.head(net(view).mean(1)) for view in x.unbind(1))             # (b, d)
         terms = self.terms(a, b)
         loss = (terms * terms.new_tensor(self.weights)).sum()
         loss.backward()
         return {'loss': loss.detach(), **dict(zip(('apart', 'short', 'mixed'), terms.detach()))}
 
-# %% ../nbs/11_repa.ipynb #1ef7471a
+# %% ../nbs/11_repa.ipynb #e1af799e
 class MeanTokenClassifier(nn.Module):
     "Cross-entropy of a linear layer on the mean token: the labelled control."
     def __init__(self, dim:int=64, classes:int=10):
         super().__init__()
         self.head = nn.Linear(dim, classes)
-    def __call__(self, net, x, y):
+    def __call__(self, net, x, y, target=None):
         loss = F.cross_entropy(self.head(net(x).mean(1)), y)
         loss.backward()
         return {'loss': loss.detach()}
@@ -374,7 +374,7 @@ class Forward(Strategy):
             feats |= {(t, l): block.unread(h) for l, h in now.feats.items()}
         return nll_per_dimension(flow, at, logdet, x), feats
 
-# %% ../nbs/11_repa.ipynb #f9f65a9a
+# %% ../nbs/11_repa.ipynb #e267bd8b
 class ReverseSequential(Strategy):
     "The true reverse graph, token by token from the detached z: for truth and timing only. R-REPA §4.2."
     def graph(self, flow, x, y):
@@ -389,12 +389,13 @@ class ReverseSequential(Strategy):
             if layers := self.layers(t):
                 h = block.params(block.read(z), y, features=layers)[2]
                 feats |= {(t, l): block.unread(v) for l, v in h.items()}
-        return nll_per_dimension(flow, at, logdet, x), feats
+        return nll_per_dimension(flow, at, logdet, x), dict(sorted(feats.items()))
 
-# %% ../nbs/11_repa.ipynb #68f2bfa8
+# %% ../nbs/11_repa.ipynb #6e62f26f
 def alignment_gradient(flow:TarFlow, strategy:Strategy, x:Tensor, y, v:Tensor, projector:Projector) -> dict: # v (b, n, D)
-    "The gradient of the alignment alone: parameter name -> gradient, None where nothing arrives. Nothing is left in .grad."
-    params = {**dict(flow.named_parameters()), **{f'projector.{k}': p for k, p in projector.named_parameters()}}
+    "The gradient of the alignment alone: parameter name -> gradient, zeros (or None) where nothing arrives. Nothing is left in .grad."
+    check_pairs(strategy.pairs, flow)
+    x, params = x.detach(), {**dict(flow.named_parameters()), **{f'projector.{k}': p for k, p in projector.named_parameters()}}
     kept = {k: p.grad for k, p in params.items()}
     for p in params.values(): p.grad = None
     try:
@@ -432,7 +433,7 @@ def pseudo_reverse(flow:BlockFlow, cache:list, strategy, y=None) -> tuple: # cac
         feats |= {(t, l): block.unread(v) for l, v in h.items()}
     return feats, carried
 
-# %% ../nbs/11_repa.ipynb #167b0d5b
+# %% ../nbs/11_repa.ipynb #de60b9d3
 class Reverse(Strategy):
     "The cached pseudo-reverse: block t and those after it learn. R-REPA Alg. 2; the family is this book's."
     def __init__(self, pairs,
@@ -450,7 +451,8 @@ class Reverse(Strategy):
             now = trace(block, block.read(at), y)
             at, logdet = block.unread(now.z), logdet + now.logdet
             cache.append((now.x.detach(), now.z.detach(), now.alpha.detach()))
-        return nll_per_dimension(flow, at, logdet, x), pseudo_reverse(flow, cache, self, y)[0]
+        feats = pseudo_reverse(flow, cache, self, y)[0]
+        return nll_per_dimension(flow, at, logdet, x), dict(sorted(feats.items()))
 
     def backward(self, flow, x, y, pull, likelihood=1.):
         if self.rerun: return super().backward(flow, x, y, pull, likelihood)
@@ -503,7 +505,7 @@ def pull_through(now:Trace, cots:list, u, strategy) -> Pulled: # cotangents of t
         spent, up = spent + back, up + back
     return Pulled(to_mu, spent, up * now.alpha.detach().exp())
 
-# %% ../nbs/11_repa.ipynb #5bdaafd6
+# %% ../nbs/11_repa.ipynb #1a070395
 def run_cut(flow:BlockFlow, x:Tensor, y, strategy) -> tuple: # -> what enters the first aligned block, its logdet so far, traces, z
     "The likelihood's forward pass, cut in front of every block from the first aligned one on."
     first, low, logdet = strategy.pairs[0][0], flow.to_parts(x), 0.
@@ -519,14 +521,18 @@ def run_cut(flow:BlockFlow, x:Tensor, y, strategy) -> tuple: # -> what enters th
 
 def shared_backward(strategy:Reverse, flow:BlockFlow, x:Tensor, y, pull, likelihood:float=1.) -> tuple: # -> nll, weighted alignment loss
     "One forward pass, whose graph both losses use: the alignment upwards, then the likelihood downwards."
+    if isinstance(y, Tensor) and y.requires_grad and not y.is_leaf:             # class weights with a graph: cut, as x is in front of a block
+        leaf = y.detach().requires_grad_()
+        found = shared_backward(strategy, flow, x, leaf, pull, likelihood)
+        if leaf.grad is not None: y.backward(leaf.grad)
+        return found
     low, logdet, traces, z = run_cut(flow, x, y, strategy)
     first, blocks = strategy.pairs[0][0], flow.blocks[strategy.pairs[0][0] - 1:]
-    prior = nll_per_dimension(flow, z, 0., x)
-    (likelihood * prior).backward()                                             # z.grad, and the prior's own parameters
     feats = {(t, l): block.unread(h).detach().requires_grad_() for t, (block, now) in enumerate(zip(blocks, traces), first) for l, h in now.feats.items()}
-    a = pull(feats)
-    a.backward()                                                                # the projector's gradients, and those of the features
-    cots = [[block.read(feats[t, l].grad) for l in now.feats] for t, (block, now) in enumerate(zip(blocks, traces), first)]
+    a, prior = pull(feats), nll_per_dimension(flow, z, 0., x)
+    push([a, prior], [torch.ones_like(a), torch.full_like(prior, likelihood)])  # gradients of projector, features, z, and the prior's own parameters
+    cot = lambda h: torch.zeros_like(h) if h.grad is None else h.grad
+    cots = [[block.read(cot(feats[t, l])) for l in now.feats] for t, (block, now) in enumerate(zip(blocks, traces), first)]
     pulls = upwards(strategy, blocks, traces, cots)
     whole = logdet + sum(now.logdet for now in traces)                          # (b,)
     downwards(blocks, traces, cots, pulls, low, logdet, z.grad, -likelihood / x.numel())
@@ -598,7 +604,7 @@ def alignment_exact(seed, budget):
             'sequential': error(on(Reverse(pairs, unroll=15)), on(ReverseSequential(pairs))),
             'shared': max(error(on(Reverse(pairs, **o)), on(Reverse(pairs, rerun=True, **o))) for o in family)}
 
-# %% ../nbs/11_repa.ipynb #2eeebbc4
+# %% ../nbs/11_repa.ipynb #bcaf184a
 class KeepClean:
     "What the encoder is to see: the images as they are here, after `Flip` and before the noise. It becomes the batch's target."
     def __call__(self, batch): return batch._replace(target=batch.x)
@@ -606,31 +612,55 @@ class KeepClean:
 
 class Lookup:
     "Features that were computed once, by sample: where nothing moves the images, the encoder need not run in every step."
-    def __init__(self, table:Tensor): self.table = table                        # (samples, n, D)
-    def __call__(self, batch): return batch._replace(target=self.table[batch.index])
+    def __init__(self, table:Tensor):    # (samples, n, D)
+        if not isinstance(table, Tensor) or table.ndim != 3 or not table.is_floating_point():
+            raise ValueError(f'table: {type(table).__name__} of shape {tuple(getattr(table, "shape", ()))} came; give features (samples, n, D), as `encode` makes them')
+        self.table = table
+
+    def __call__(self, batch):
+        if len(batch.index) and int(batch.index.max()) >= len(self.table):
+            raise ValueError(f'table: it has features of {len(self.table)} samples, and sample {int(batch.index.max())} came; encode the dataset that the batches come from')
+        return batch._replace(target=self.table[batch.index])
+
     def __repr__(self): return f'Lookup({tuple(self.table.shape)})'
 
-# %% ../nbs/11_repa.ipynb #2ee9d1a8
+# %% ../nbs/11_repa.ipynb #210a391a
+def encoder_may_miss(module, keys):
+    keys.missing_keys[:] = [k for k in keys.missing_keys if not k.startswith('encoder.')]
+
+def without_encoder(module, state, prefix, _): # a checkpoint holds the projector; the encoder is frozen, and has a name
+    for k in [k for k in state if k.startswith(f'{prefix}encoder.')]: del state[k]
+
 class Alignment(nn.Module):
     "An `Objective`: the likelihood and lam times the mean alignment loss of the chosen features. R-REPA Eq. 5."
+    calls_forward = False                # the strategies run block by block, so that compiling the flow's forward would do nothing
+
     def __init__(self, flow:TarFlow,     # whose features are aligned; it is looked at, not kept
                  strategy:Strategy,
                  encoder,                # an Encoder; or D, where the targets are features already
                  lam:float=.1, hidden:int=1024, # weight; width of the projector
                  likelihood:float=1.):   # weight of the likelihood; 0: the alignment alone
         super().__init__()
+        if not isinstance(strategy, Strategy): raise ValueError(f'strategy: {strategy!r} came; give an object, for instance Reverse([(7, 6), (8, 6)])')
         check_pairs(strategy.pairs, flow)
         for name, v in (('lam', lam), ('likelihood', likelihood)):
-            if not (isinstance(v, (int, float)) and v >= 0 and math.isfinite(v)): raise ValueError(f'{name}: {v!r}; a weight is a number, 0 or more')
+            if isinstance(v, bool) or not (isinstance(v, (int, float)) and v >= 0 and math.isfinite(v)): raise ValueError(f'{name}: {v!r}; a weight is a number, 0 or more')
+        if 0 < likelihood < lam / 100 and isinstance(strategy, Reverse) and not strategy.rerun:
+            raise ValueError(f'likelihood: {likelihood} beside lam {lam} would be lost in the rounding of a shared pass; give the strategy rerun=True, or likelihood=0')
+        if isinstance(encoder, nn.Module) and not hasattr(encoder, 'grid'): raise ValueError(f'encoder: {type(encoder).__name__} came; give what encoder(name, grid) returned, or a width')
         grid = tuple(side // flow.patch_size for side in flow.image_shape[1:])
         if isinstance(encoder, nn.Module) and tuple(encoder.grid) != grid:
             raise ValueError(f'encoder: its patches form a grid of {tuple(encoder.grid)}, the tokens of the flow one of {grid}; make it with grid={grid}')
         self.strategy, self.lam, self.likelihood, self.n = strategy, lam, likelihood, flow.z_shape[0]
         self.encoder, self.width = (encoder, encoder.width) if isinstance(encoder, nn.Module) else (None, encoder)
         self.projector = Projector(flow.blocks[0].proj_in.out_features, self.width, hidden)
+        self.register_state_dict_post_hook(without_encoder)
+        self.register_load_state_dict_post_hook(encoder_may_miss)
 
     def patches(self, target, b:int) -> Tensor: # what the batch brought -> (b, n, D)
         if target is None: raise ValueError('target: none came; add KeepClean() to the transforms, after Flip and before the noise, or Lookup(features)')
+        if not isinstance(target, Tensor) or not target.is_floating_point():
+            raise ValueError(f'target: {getattr(target, "dtype", type(target).__name__)} came; give floating point images, or features')
         v = target if self.encoder is None else self.encoder(target)
         if tuple(v.shape) != (b, self.n, self.width):
             raise ValueError(f'target: patches {tuple(v.shape)} came, the flow has tokens ({b}, {self.n}) and the projector width {self.width}; '
@@ -639,6 +669,7 @@ class Alignment(nn.Module):
 
     def forward(self, flow, x, y=None, target=None) -> dict: # leaves gradients in .grad
         check_pairs(self.strategy.pairs, flow); flow.check(x)
+        if not len(x): raise ValueError('x: an empty batch came; give one sample or more (a process whose share is empty has to sit out)')
         v, seen = self.patches(target, len(x)), []
         def pull(feats):
             p = self.projector(torch.stack(list(feats.values())))               # (A, b, n, D)
@@ -648,11 +679,13 @@ class Alignment(nn.Module):
         align = seen[0].detach()
         return {'loss': self.likelihood * nll + self.lam * align, 'nll': nll, 'align': align}
 
-# %% ../nbs/11_repa.ipynb #66632178
+# %% ../nbs/11_repa.ipynb #e07bb5a1
 STRATEGIES = {'forward': Forward, 'detach': Detach, 'reverse': Reverse, 'sequential': ReverseSequential}
 
 def train_aligned(c:dict, seed:int, how:dict=None, every:int=None): # c: see `averaging`, with data and sigma; how: kind, blocks, layer, lam, encoder, hidden
     "Train a TarFlow by a recipe, aligned or not (how=None), from the same start on the same batches; yields (step, averaged flow)."
+    if how is not None and how['kind'] not in STRATEGIES: raise ValueError(f'how: kind {how["kind"]!r}; choose of {", ".join(STRATEGIES)}')
+    if c.get('shift'): raise ValueError('c: a recipe that shifts images needs features of the shifted ones, and these are looked up; leave shift out')
     size = c['model']['image_size']
     data, noise, steps = load(c['data'], image_size=size), GaussianNoise(c['sigma']), c['steps'] if every is None else every
     if how is None: yield from averaging(c, data, [noise], seed, steps); return

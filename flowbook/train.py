@@ -71,14 +71,15 @@ class DropLabels:
 
     def __repr__(self): return f'DropLabels({self.p})'
 
-# %% ../nbs/02_train.ipynb #a54548b4
+# %% ../nbs/02_train.ipynb #9691d0a9
 class NLL:
     "Negative log-likelihood per dimension in nats, constants included. TARFlow Eq. 2, 6."
     def __init__(self, checkpoint:bool=False): # recompute each block in the backward pass: less memory, one forward pass more
         if not isinstance(checkpoint, bool): raise ValueError(f'checkpoint: {checkpoint!r}; True or False')
         self.checkpoint = checkpoint
+        self.calls_forward = not checkpoint                 # else the parts are run one by one
 
-    def __call__(self, flow:nn.Module, x:Tensor, y:Tensor) -> dict: # leaves gradients in .grad
+    def __call__(self, flow:nn.Module, x:Tensor, y:Tensor, target=None) -> dict: # leaves gradients in .grad; a batch's target is for others
         log_prob = (lambda x, y: recomputed(flow, x, y)) if self.checkpoint else flow.log_prob
         loss = -log_prob(x, y if flow.classes else None).mean() / x[0].numel()
         loss.backward()
@@ -124,7 +125,7 @@ def ema(flow:nn.Module, decay:float) -> torch.optim.swa_utils.AveragedModel:
         raise ValueError(f'decay: {decay}; it lies in 0..1, for instance 0.999, and below 1')
     return AveragedModel(flow, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
-# %% ../nbs/02_train.ipynb #e1964837
+# %% ../nbs/02_train.ipynb #35ee283f
 def fit(flow:nn.Module,       # a Flow (or any module that the objective understands), trained in place
         data,                 # iterable of Batch, or of (x, y); `batches(...)` gives one; with a target, the objective sees it
         objective=None,       # callable (flow, x, y[, target]) -> logs that leaves gradients in .grad; NLL() by default
@@ -145,6 +146,7 @@ def fit(flow:nn.Module,       # a Flow (or any module that the objective underst
     objective = NLL() if objective is None else objective
     device = torch.device(device) if device is not None else next(flow.parameters()).device
     flow.to(device).train()
+    if compile and not getattr(objective, 'calls_forward', True): raise ValueError(f'compile: {type(objective).__name__} runs the flow part by part, so that compiling its forward would do nothing; leave compile out')
     if compile: flow.compile()
     modules = [m for m in (flow, objective) if isinstance(m, nn.Module)]
     if isinstance(objective, nn.Module): objective.to(device) # an objective may have parameters, too (chapter 11)

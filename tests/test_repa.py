@@ -8,8 +8,8 @@ import torch.multiprocessing as mp
 
 from flowbook.data import Flip, batches, load
 from flowbook.flows import shake
-from flowbook.repa import (Alignment, Detach, Forward, KeepClean, Lookup, Projector, Reverse, ReverseSequential, alignment_gradient, alignment_loss, encode,
-                           encoder, flat, gradient_support, nll_per_dimension, pseudo_reverse, trace)
+from flowbook.repa import (ALIGN, SMALL, Alignment, Detach, Forward, KeepClean, Lookup, Projector, Reverse, ReverseSequential, alignment_gradient, alignment_loss, encode,
+                           encoder, flat, gradient_support, nll_per_dimension, pseudo_reverse, trace, train_aligned)
 from flowbook.tarflow import TarFlow
 from flowbook.train import NLL, DropLabels, GaussianNoise, fit
 
@@ -254,3 +254,76 @@ def test_the_recorded_benchmark_holds_what_the_book_says():
         cost = {k: s['cost']['median'] for k, s in r['steps'].items()}
         assert cost['reverse'] <= 1.18 and cost['detach'] <= 1.25 and cost['reverse'] < cost['reverse, re-run'] < cost['sequential']
         assert r['steps']['reverse']['memory'] < r['steps']['sequential']['memory']
+
+
+def test_class_weights_that_carry_a_graph():
+    "The weights are asked for their gradient, too: through every block, and once."
+    flow, x, _, v, projector = setting()
+    logits = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    found = []
+    for rerun in (False, True):
+        logits.grad = None
+        found.append((gradient(Reverse([(2, 1), (3, 2)], unroll=1, rerun=rerun), flow, x, logits.softmax(1), v, projector)[0], logits.grad))
+    assert error(found[0][0], found[1][0]) < 1e-10 and error(found[0][1], found[1][1]) < 1e-10
+
+
+@pytest.mark.parametrize('strategy', [Forward([(2, 1)]), Detach([(2, 1)]), Reverse([(1, 2), (3, 1)]), Reverse([(2, 1)], rerun=True)], ids=repr)
+def test_gradients_add_up_over_calls_and_frozen_parts_stay_so(strategy):
+    flow, x, y, v, projector = setting()
+    objective = Alignment(flow, strategy, D, .5, HIDDEN).double()
+    grads = lambda: torch.cat([p.grad.flatten() for m in (flow, objective) for p in m.parameters() if p.requires_grad])
+    objective(flow, x, y, v); once = grads().clone()
+    objective(flow, x, y, v)
+    assert error(grads(), 2 * once) < 1e-12
+    flow.zero_grad(set_to_none=True); objective.zero_grad(set_to_none=True); flow.blocks[1].requires_grad_(False)
+    objective(flow, x, y, v)
+    assert all(p.grad is None for p in flow.blocks[1].parameters()) and all(p.grad is not None for p in flow.blocks[0].parameters())
+
+
+def test_a_pull_that_uses_some_features_or_none():
+    flow, x, y, v, projector = setting()
+    for pull in (lambda f: alignment_loss(projector(f[2, 1]), v), lambda f: x.new_zeros(())):
+        found = []
+        for rerun in (False, True):
+            flow.zero_grad(); nll, _ = Reverse([(2, 1), (3, 2)], rerun=rerun).backward(flow, x, y, pull)
+            found.append(torch.cat([p.grad.flatten() for p in flow.parameters()]))
+        assert error(*found) < 1e-10
+
+
+def test_a_checkpoint_of_the_objective_holds_no_encoder():
+    flow, net = TarFlow(8, 1, 2, 16, 3, 2, 8), encoder('digits', (4, 4))
+    a = Alignment(flow, Reverse([(1, 1)]), net, hidden=HIDDEN)
+    assert {k.split('.')[0] for k in a.state_dict()} == {'projector'}
+    for b in (Alignment(flow, Reverse([(1, 1)]), net, hidden=HIDDEN), Alignment(flow, Reverse([(1, 1)]), net.width, hidden=HIDDEN)):
+        b.load_state_dict(a.state_dict())
+        assert all(torch.equal(p, q) for p, q in zip(a.projector.parameters(), b.projector.parameters()))
+    with pytest.raises(RuntimeError, match='projector'): a.load_state_dict({})
+    assert a.bfloat16()(flow.bfloat16(), torch.zeros(2, 1, 8, 8).bfloat16(), None, torch.zeros(2, 1, 8, 8))['loss'].isfinite()
+
+
+def test_a_stream_with_a_target_serves_plain_training_too():
+    flow, data = TarFlow(8, 1, 2, 16, 2, 1, 8), load('digits')
+    (log,) = fit(flow, batches(data, 8, transforms=[KeepClean(), GaussianNoise(.1)]), steps=1)
+    assert log['loss'] > 0
+    objective = Alignment(flow, Reverse([(1, 1)]), D, hidden=8)
+    for what in (objective, NLL(checkpoint=True)):
+        with pytest.raises(ValueError, match='compile'): next(fit(flow, batches(data, 8), what, steps=1, compile=True))
+
+
+def test_more_that_does_not_fit():
+    flow, x, v = TarFlow(8, 1, 2, 16, 3, 2, 8), torch.zeros(2, 1, 8, 8), torch.zeros(2, 16, D)
+    make = lambda **more: Alignment(flow, **{'strategy': Reverse([(1, 1)]), 'encoder': D, 'hidden': HIDDEN, **more})
+    for strategy in ('reverse', Reverse):
+        with pytest.raises(ValueError, match='give an object'): make(strategy=strategy)
+    with pytest.raises(ValueError, match='encoder: Linear'): make(encoder=torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match='lam'): make(lam=True)
+    with pytest.raises(ValueError, match='rerun=True'): make(lam=.5, likelihood=1e-6)
+    make(strategy=Reverse([(1, 1)], rerun=True), lam=.5, likelihood=1e-6)
+    for bad in ([1], v.bool(), v.to(torch.complex64)):
+        with pytest.raises(ValueError, match='target'): make()(flow, x, None, bad)
+    with pytest.raises(ValueError, match='empty batch'): make()(flow, x[:0], None, v[:0])
+    with pytest.raises(ValueError, match='block 9'): alignment_gradient(flow, Reverse([(9, 1)]), x, None, v, Projector(16, D, 8))
+    for bad in (v.numpy(), v[0], v.long()):
+        with pytest.raises(ValueError, match='table'): Lookup(bad)
+    with pytest.raises(ValueError, match='features of 2 samples, and sample 7 came'): next(batches(load('digits'), 8, shuffle=False, transforms=[Lookup(v)]))
+    with pytest.raises(ValueError, match="kind 'foo'"): next(train_aligned({**SMALL, 'steps': 1}, 0, {**ALIGN, 'kind': 'foo'}))

@@ -217,13 +217,14 @@ def report(r:dict, name:str) -> str:
     head = f'{name}: {r["tokens"]} tokens, {what}, {r["threads"]} thread{"s" * (r["threads"] > 1)}'
     return '\n'.join([head] + [line(k, v) for k, v in (r.get('samplers') or r['steps']).items()])
 
-# %% ../../nbs/16_bench.ipynb #526c0a60
+# %% ../../nbs/16_bench.ipynb #6ff45f83
 def main(argv=None) -> dict:
     "Measure, print every table as soon as it is there, and return (or write) all of them."
     a = parser().parse_args(argv)
     batches, rounds = whole(a.batch, '--batch'), whole(str(a.rounds), '--rounds')[0]
     threads = [torch.get_num_threads() if t == 'all' else whole(t, '--threads')[0] for t in a.threads.split(',')]
     flows, dtype, before = pick_models(a), torch.bfloat16 if a.dtype == 'bf16' else None, torch.get_num_threads()
+    if a.train < 0 or a.align < 0: raise ValueError(f'--train, --align: {a.train}, {a.align}; a batch size is 1 or more')
     results = []
     try:
         for k in dict.fromkeys(threads):
