@@ -199,8 +199,11 @@ def test_every_control_of_the_panels_in_jupyterlab(driver, lab):
     page.choose('model', 'digits, sigma 0.1, no classes')
     wait_for(lambda: 'has none; choose' in page.text(), 30, 'a sentence about a flow without classes')
     page.choose('kind', 'temperature')                               # the ends of the temperature and of the weight
-    page.press('tau', slider, Keys.HOME)
-    page.press('w', slider, Keys.END)
+    for name, key, end in (('tau', Keys.HOME, .1), ('w', Keys.END, 10.)):
+        def stands():                                                # a slider that the kernel has yet to switch on takes no key: press again
+            page.press(name, slider, key)
+            return getattr(setting(), name) == end
+        wait_for(stands, 30, f'{name} at its end', every=1.)
     assert setting().w == 10. and setting().tau == .1
     pictures = page.settle(('left', 'right'), wanted, pictures, 'w = 10, tau = 0.1')
     page.choose('kind', 'class')
