@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['ENCODERS', 'DIGITS_ENCODERS', 'STRATEGIES', 'SMALL', 'PLACES', 'ALIGN', 'ALIGNED', 'Encoder', 'check_grid', 'encoder',
-           'encode', 'DigitsViT', 'warp', 'Warp', 'Views', 'VICReg', 'MeanTokenClassifier', 'Sizes',
-           'train_digits_encoder', 'train_digits_encoder_labels', 'probe_accuracy', 'few_of_each', 'few_label_probe',
-           'probe_digits', 'token_colours', 'Projector', 'alignment_loss', 'Strategy', 'as_pairs', 'check_pairs',
-           'Trace', 'trace', 'nll_per_dimension', 'Forward', 'ReverseSequential', 'alignment_gradient', 'flat',
-           'gradient_support', 'pseudo_reverse', 'Reverse', 'Detach', 'vjp', 'push', 'Pulled', 'pull_through',
-           'run_cut', 'shared_backward', 'upwards', 'downwards', 'value_error', 'judge_exact', 'alignment_exact',
-           'KeepClean', 'Lookup', 'encoder_may_miss', 'without_encoder', 'Alignment', 'train_aligned', 'features_of',
-           'drawn', 'look', 'shrunk', 'judge_alignment', 'alignment', 'against', 'judge_faster', 'judge_gain',
+           'encode', 'DigitsViT', 'warp', 'Warp', 'Views', 'VICReg', 'MeanTokenClassifier', 'Sizes', 'train_vit',
+           'train_digits_encoder', 'train_digits_encoder_labels', 'few_of_each', 'few_label_probe', 'probe_digits',
+           'token_colours', 'Projector', 'alignment_loss', 'Strategy', 'as_pairs', 'check_pairs', 'Trace', 'trace',
+           'run_blocks', 'features_in', 'nll_per_dimension', 'nll_of', 'Forward', 'ReverseSequential',
+           'alignment_gradient', 'flat', 'gradient_support', 'pseudo_reverse', 'Reverse', 'Detach', 'vjp', 'push',
+           'Pulled', 'pull_through', 'run_cut', 'shared_backward', 'upwards', 'downwards', 'value_error', 'judge_exact',
+           'alignment_exact', 'KeepClean', 'Lookup', 'check_alignment', 'encoder_may_miss', 'without_encoder',
+           'Alignment', 'train_aligned', 'features_of', 'last_blocks', 'drawn', 'guided_fid', 'look', 'shrunk',
+           'against', 'at_step', 'judge_faster', 'judge_guided', 'judge_alignment', 'alignment', 'judge_gain',
            'alignment_gain', 'judge_settings', 'alignment_settings', 'judge_longer', 'alignment_longer',
-           'alignment_mnist', 'train_aligned_flow', 'timm_name', 'patch_side', 'timm_vit', 'MissingWeights',
-           'few_words', 'cached', 'check_reachable', 'no_answer']
+           'alignment_mnist', 'train_aligned_flow', 'timm_name', 'patch_side', 'timm_vit', 'few_words',
+           'MissingWeights', 'cached', 'check_reachable', 'no_answer']
 
-# %% ../nbs/11_repa.ipynb #b8e13f48
+# %% ../nbs/11_repa.ipynb #a93e1dfe
 import difflib, logging, math, threading
 from functools import lru_cache
 from pathlib import Path
@@ -24,14 +25,14 @@ from typing import NamedTuple
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
-from .classify import class_log_probs, classify, linear_probe, noisy
+from .classify import check_whole, class_log_probs, classify, linear_probe, noisy, probe_accuracy
 from .data import Batch, batches, load, patchify
 from .denoise import SWEEP, denoise
 from .evidence import EXPERIMENTS, all_of, experiment, identity, lower
 from .flows import Pretrained, affine, normal_log_prob, shake, unaffine
 from .guidance import ClassGuidance
 from .metrics import collect, evaluate
-from .noise import FLOWS, averaging, with_card
+from .noise import FLOWS, at_edge, averaging, with_card
 from .sampling import sample
 from .tarflow import BlockFlow, TarBlock, TarFlow
 from .train import GaussianNoise, fit, keyed_normal, keyed_uniform, to_bits
@@ -48,7 +49,7 @@ ENCODERS = {'dinov2-b': 'vit_base_patch14_dinov2.lvd142m',     # R-REPA §4.2: t
 
 DIGITS_ENCODERS = {'digits': 'digits-encoder', 'digits-labels': 'digits-encoder-labels'} # the book's own, in `flowbook/weights`
 
-# %% ../nbs/11_repa.ipynb #e9379984
+# %% ../nbs/11_repa.ipynb #762d092c
 class Encoder(nn.Module):
     "A frozen Vision Transformer: one feature vector for each token of a flow. R-REPA §4.2: v = Phi(x)."
     def __init__(self, model:nn.Module,  # a ViT of timm, which is frozen here
@@ -88,6 +89,7 @@ class Encoder(nn.Module):
 
     def extra_repr(self): return f'{self.name}: {self.grid} patches of {self.patch} pixels, width {self.width}'
 
+# %% ../nbs/11_repa.ipynb #835dc860
 def check_grid(grid) -> tuple: # (rows, columns)
     "Two positive whole numbers, or a ValueError."
     whole = isinstance(grid, (tuple, list)) and all(isinstance(g, int) and not isinstance(g, bool) and g > 0 for g in grid)
@@ -218,7 +220,7 @@ class MeanTokenClassifier(nn.Module):
         loss.backward()
         return {'loss': loss.detach()}
 
-# %% ../nbs/11_repa.ipynb #82af98aa
+# %% ../nbs/11_repa.ipynb #f9fb0c6b
 class Sizes(nn.Module):
     "A network that sees its batches at these sizes in turn, and so learns finer grids of patches than the image's own."
     def __init__(self, net:nn.Module, sizes=(8, 8, 8, 16)):
@@ -228,35 +230,25 @@ class Sizes(nn.Module):
         size, self.calls = self.sizes[self.calls % len(self.sizes)], self.calls + 1
         return self.net(x if x.shape[-1] == size else F.interpolate(x, (size, size), mode='bicubic', antialias=True))
 
-def train_digits_encoder(seed:int=0, steps:int=600) -> DigitsViT:
-    "Train the book's encoder on the training digits without a label; what probes find in it goes on its card."
+def train_vit(objective, transforms, seed:int, steps:int, labels:bool) -> DigitsViT: # a class of objectives; dataset -> its transforms
+    "Train the book's encoder on the training digits; what probes find in it goes on its card."
     torch.manual_seed(seed)
     net, data = DigitsViT(), load('digits')
-    pairs = batches(data, 128, seed=seed, transforms=[Views(data)])
-    for _ in fit(Sizes(net), pairs, VICReg(), steps=steps, lr=2e-3, weight_decay=.05, warmup=20, every=100): pass
-    net.card = {'data': 'digits', 'seed': seed, 'steps': steps, 'labels': False, **probe_digits(net.eval())}
+    stream = batches(data, 128, seed=seed, transforms=transforms(data))
+    for _ in fit(Sizes(net), stream, objective(), steps=steps, lr=2e-3, weight_decay=.05, warmup=20, every=100): pass
+    net.card = {'data': 'digits', 'seed': seed, 'steps': steps, 'labels': labels, **probe_digits(net.eval())}
     return net
+
+# %% ../nbs/11_repa.ipynb #849f18ed
+def train_digits_encoder(seed:int=0, steps:int=600) -> DigitsViT:
+    "The encoder that has never seen a label."
+    return train_vit(VICReg, lambda data: [Views(data)], seed, steps, labels=False)
 
 def train_digits_encoder_labels(seed:int=0, steps:int=600) -> DigitsViT:
     "The same network trained on the labels: the control that has seen what accuracy asks for."
-    torch.manual_seed(seed)
-    net = DigitsViT()
-    data = batches(load('digits'), 128, seed=seed, transforms=[Warp()])
-    for _ in fit(Sizes(net), data, MeanTokenClassifier(), steps=steps, lr=2e-3, weight_decay=.05, warmup=20, every=100): pass
-    net.card = {'data': 'digits', 'seed': seed, 'steps': steps, 'labels': True, **probe_digits(net.eval())}
-    return net
+    return train_vit(MeanTokenClassifier, lambda data: [Warp()], seed, steps, labels=True)
 
-# %% ../nbs/11_repa.ipynb #9b76d0bd
-def probe_accuracy(f:Tensor, y:Tensor,     # (b, D), (b,) to learn from
-                 tf:Tensor, ty:Tensor,   # to be tested on
-                 C:float=1.) -> float:   # inverse strength of the penalty
-    "Test accuracy of logistic regression on standardised, frozen features."
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=2000))
-    return float(model.fit(f.numpy(), y.numpy()).score(tf.numpy(), ty.numpy()))
-
+# %% ../nbs/11_repa.ipynb #60663424
 def few_of_each(y:Tensor, n:int, seed:int) -> Tensor: # indices
     "`n` samples of each class."
     g = torch.Generator().manual_seed(seed)
@@ -267,6 +259,7 @@ def few_label_probe(f, y, tf, ty, n:int, draws:int=5) -> float:
     few = [few_of_each(y, n, seed) for seed in range(draws)]
     return sum(probe_accuracy(f[i], y[i], tf, ty, C=.1) for i in few) / draws
 
+# %% ../nbs/11_repa.ipynb #047b74d2
 @torch.no_grad()
 def probe_digits(tokens) -> dict:        # callable: (b, 1, 8, 8) -> (b, n, D)
     "Accuracies on the test digits: from all labels, from ten and from one a class, and from a single token."
@@ -287,15 +280,14 @@ def token_colours(f:Tensor) -> Tensor: # (b, n, D) -> (b, 3, n) in [-1, 1]
     rgb = flat @ V[:3].T                                                          # (b n, 3)
     return (rgb / (2 * rgb.std(0))).clamp(-1, 1).float().view(*f.shape[:2], 3).transpose(1, 2)
 
-# %% ../nbs/11_repa.ipynb #2b69799c
+# %% ../nbs/11_repa.ipynb #14d815ea
 class Projector(nn.Module, Pretrained):
     "An MLP of three layers with SiLU from the flow's features to the encoder's. R-REPA §4.2, B.1."
     def __init__(self, dim:int,          # width of the flow's features
                  width:int,              # D
                  hidden:int=1024):
         super().__init__()
-        for name, v in (('dim', dim), ('width', width), ('hidden', hidden)):
-            if isinstance(v, bool) or not isinstance(v, int) or v < 1: raise ValueError(f'{name}: {v!r}; a whole number, 1 or more')
+        check_whole(dim=(dim, 1), width=(width, 1), hidden=(hidden, 1))
         self.config = dict(dim=dim, width=width, hidden=hidden)
         self.net = nn.Sequential(nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, width))
 
@@ -346,7 +338,7 @@ def check_pairs(pairs:tuple, flow) -> None:
         if t > len(flow.blocks): raise ValueError(f'pairs: block {t} was asked for; this flow has blocks 1..{len(flow.blocks)}')
         if l > (k := len(flow.blocks[t - 1].layers)): raise ValueError(f'pairs: layer {l} of block {t} was asked for; it has layers 1..{k}')
 
-# %% ../nbs/11_repa.ipynb #42448f79
+# %% ../nbs/11_repa.ipynb #140bc801
 class Trace(NamedTuple):
     "What one block leaves behind, all in its reading order."
     x: Tensor                            # (b, n, d)
@@ -361,35 +353,43 @@ def trace(block:TarBlock, x:Tensor, y=None, layers=()) -> Trace: # x in reading 
     mu, alpha, feats = block.params(x, y, features=layers)
     return Trace(x, *affine(x, mu, alpha), mu, alpha, feats)
 
+# %% ../nbs/11_repa.ipynb #fa31a993
+def run_blocks(flow:BlockFlow, x:Tensor, y=None, layers=lambda t: ()) -> tuple: # layers: block t -> those whose features are wanted
+    "The likelihood's forward pass: the traces of all blocks, and z in image order (b, n, d)."
+    at, traces = flow.to_parts(x), []
+    for t, block in enumerate(flow.blocks, 1):
+        traces.append(trace(block, block.read(at), y, layers(t)))
+        at = block.unread(traces[-1].z)
+    return traces, at
+
+def features_in(flow:BlockFlow, traces:list, first:int=1) -> dict: # {(t, l): (b, n, dim)}, by block and layer
+    "The features of traces, the first of which is of block `first`, in image order."
+    return {(t, l): flow.blocks[t - 1].unread(h) for t, now in enumerate(traces, first) for l, h in now.feats.items()}
+
 def nll_per_dimension(flow, z, logdet, x): return -(normal_log_prob(z, flow.prior_var) + logdet).mean() / x[0].numel()
 
-# %% ../nbs/11_repa.ipynb #097b7970
+def nll_of(flow, traces, z, x): return nll_per_dimension(flow, z, sum(now.logdet for now in traces), x)
+
+# %% ../nbs/11_repa.ipynb #8c1a7d4c
 class Forward(Strategy):
     "The ordinary graph: blocks 1..t learn. R-REPA §4.2, F-REPA."
     def graph(self, flow, x, y):
-        at, logdet, feats = flow.to_parts(x), 0., {}
-        for t, block in enumerate(flow.blocks, 1):
-            now = trace(block, block.read(at), y, self.layers(t))
-            at, logdet = block.unread(now.z), logdet + now.logdet
-            feats |= {(t, l): block.unread(h) for l, h in now.feats.items()}
-        return nll_per_dimension(flow, at, logdet, x), feats
+        traces, z = run_blocks(flow, x, y, self.layers)
+        return nll_of(flow, traces, z, x), features_in(flow, traces)
 
-# %% ../nbs/11_repa.ipynb #e267bd8b
+# %% ../nbs/11_repa.ipynb #38b07560
 class ReverseSequential(Strategy):
     "The true reverse graph, token by token from the detached z: for truth and timing only. R-REPA §4.2."
     def graph(self, flow, x, y):
-        at, logdet, feats = flow.to_parts(x), 0., {}
-        for block in flow.blocks:
-            at, ld = block(at, y)
-            logdet = logdet + ld
-        z = at.detach()
+        traces, z = run_blocks(flow, x, y)
+        nll, z, feats = nll_of(flow, traces, z, x), z.detach(), {}
         for t in range(len(flow.blocks), self.pairs[0][0] - 1, -1):
             block = flow.blocks[t - 1]
             z = block.inverse(z, y)
             if layers := self.layers(t):
                 h = block.params(block.read(z), y, features=layers)[2]
                 feats |= {(t, l): block.unread(v) for l, v in h.items()}
-        return nll_per_dimension(flow, at, logdet, x), dict(sorted(feats.items()))
+        return nll, dict(sorted(feats.items()))
 
 # %% ../nbs/11_repa.ipynb #6e62f26f
 def alignment_gradient(flow:TarFlow, strategy:Strategy, x:Tensor, y, v:Tensor, projector:Projector) -> dict: # v (b, n, D)
@@ -416,12 +416,13 @@ def gradient_support(flow:TarFlow, kind, x:Tensor, y, v:Tensor, projector:Projec
         rows.append([sum(float(v.square().sum()) for k, v in g.items() if k.startswith(f'blocks.{s}.') and v is not None)**.5 for s in range(T)])
     return torch.tensor(rows)
 
-# %% ../nbs/11_repa.ipynb #a22be223
-def pseudo_reverse(flow:BlockFlow, cache:list, strategy, y=None) -> tuple: # cache: t -> (x, z, alpha) of block t, detached, in reading order
+# %% ../nbs/11_repa.ipynb #89a2a4f0
+def pseudo_reverse(flow:BlockFlow, traces:list, strategy, y=None) -> tuple: # of the forward pass, whose values are the cache
     "The cached pseudo-reverse by explicit second passes: {(t, l): features}, {t: carried x^(t-1)}. R-REPA Alg. 2, Eq. 9."
     z, feats, carried = None, {}, {}
     for t in range(len(flow.blocks), strategy.pairs[0][0] - 1, -1):
-        block, (xhat, zhat, alpha), layers = flow.blocks[t - 1], cache[t - 1], strategy.layers(t)
+        block, now, layers = flow.blocks[t - 1], traces[t - 1], strategy.layers(t)
+        xhat, zhat, alpha = now.x.detach(), now.z.detach(), now.alpha.detach()
         z = zhat if z is None else block.read(z)
         if not strategy.carry: x, h = xhat, block.params(xhat, y, features=layers)[2] if layers else {}
         else:
@@ -431,9 +432,9 @@ def pseudo_reverse(flow:BlockFlow, cache:list, strategy, y=None) -> tuple: # cac
             if not strategy.unroll: x = unaffine(z, mu, alpha)
         z = carried[t] = block.unread(x)
         feats |= {(t, l): block.unread(v) for l, v in h.items()}
-    return feats, carried
+    return dict(sorted(feats.items())), carried
 
-# %% ../nbs/11_repa.ipynb #de60b9d3
+# %% ../nbs/11_repa.ipynb #df1e6250
 class Reverse(Strategy):
     "The cached pseudo-reverse: block t and those after it learn. R-REPA Alg. 2; the family is this book's."
     def __init__(self, pairs,
@@ -441,18 +442,13 @@ class Reverse(Strategy):
                  unroll:int=0,           # how often the block's own shift and scale take part; n - 1 is the true reverse
                  rerun:bool=False):      # True: by explicit second passes and one backward pass (for FSDP, and as a check)
         super().__init__(pairs)
-        if isinstance(unroll, bool) or not isinstance(unroll, int) or unroll < 0: raise ValueError(f'unroll: {unroll!r}; a whole number, 0 or more')
+        check_whole(unroll=(unroll, 0))
         if unroll and not carry: raise ValueError(f'unroll: {unroll} came with carry=False, which carries nothing that could be unrolled; give carry=True')
         self.carry, self.unroll, self.rerun = carry, unroll, rerun
 
     def graph(self, flow, x, y):
-        at, logdet, cache = flow.to_parts(x), 0., []
-        for block in flow.blocks:
-            now = trace(block, block.read(at), y)
-            at, logdet = block.unread(now.z), logdet + now.logdet
-            cache.append((now.x.detach(), now.z.detach(), now.alpha.detach()))
-        feats = pseudo_reverse(flow, cache, self, y)[0]
-        return nll_per_dimension(flow, at, logdet, x), dict(sorted(feats.items()))
+        traces, z = run_blocks(flow, x, y)
+        return nll_of(flow, traces, z, x), pseudo_reverse(flow, traces, self, y)[0]
 
     def backward(self, flow, x, y, pull, likelihood=1.):
         if self.rerun: return super().backward(flow, x, y, pull, likelihood)
@@ -462,6 +458,7 @@ class Reverse(Strategy):
         more = ''.join(f', {k}={v}' for k, v, usual in (('carry', self.carry, True), ('unroll', self.unroll, 0), ('rerun', self.rerun, False)) if v != usual)
         return f'{type(self).__name__}({list(self.pairs)}{more if type(self) is Reverse else ""})'
 
+# %% ../nbs/11_repa.ipynb #f1cd5abd
 class Detach(Reverse):
     "The input of the block is cut off: block t alone learns. R-REPA §4.2, D-REPA."
     def __init__(self, pairs, rerun:bool=False): super().__init__(pairs, carry=False, rerun=rerun)
@@ -505,7 +502,7 @@ def pull_through(now:Trace, cots:list, u, strategy) -> Pulled: # cotangents of t
         spent, up = spent + back, up + back
     return Pulled(to_mu, spent, up * now.alpha.detach().exp())
 
-# %% ../nbs/11_repa.ipynb #1a070395
+# %% ../nbs/11_repa.ipynb #c1c86e7c
 def run_cut(flow:BlockFlow, x:Tensor, y, strategy) -> tuple: # -> what enters the first aligned block, its logdet so far, traces, z
     "The likelihood's forward pass, cut in front of every block from the first aligned one on."
     first, low, logdet = strategy.pairs[0][0], flow.to_parts(x), 0.
@@ -519,6 +516,7 @@ def run_cut(flow:BlockFlow, x:Tensor, y, strategy) -> tuple: # -> what enters th
         at = block.unread(traces[-1].z).detach()
     return low, logdet, traces, at.requires_grad_()
 
+# %% ../nbs/11_repa.ipynb #f57961cc
 def shared_backward(strategy:Reverse, flow:BlockFlow, x:Tensor, y, pull, likelihood:float=1.) -> tuple: # -> nll, weighted alignment loss
     "One forward pass, whose graph both losses use: the alignment upwards, then the likelihood downwards."
     if isinstance(y, Tensor) and y.requires_grad and not y.is_leaf:             # class weights with a graph: cut, as x is in front of a block
@@ -528,7 +526,7 @@ def shared_backward(strategy:Reverse, flow:BlockFlow, x:Tensor, y, pull, likelih
         return found
     low, logdet, traces, z = run_cut(flow, x, y, strategy)
     first, blocks = strategy.pairs[0][0], flow.blocks[strategy.pairs[0][0] - 1:]
-    feats = {(t, l): block.unread(h).detach().requires_grad_() for t, (block, now) in enumerate(zip(blocks, traces), first) for l, h in now.feats.items()}
+    feats = {at: h.detach().requires_grad_() for at, h in features_in(flow, traces, first).items()}
     a, prior = pull(feats), nll_per_dimension(flow, z, 0., x)
     push([a, prior], [torch.ones_like(a), torch.full_like(prior, likelihood)])  # gradients of projector, features, z, and the prior's own parameters
     cot = lambda h: torch.zeros_like(h) if h.grad is None else h.grad
@@ -558,22 +556,18 @@ def downwards(blocks, traces:list, cots:list, pulls:list, low, logdet, g:Tensor,
         elif now.x.requires_grad: g = block.unread(now.x.grad if p.spent is None else now.x.grad - p.spent)
     push([low] if isinstance(logdet, float) else [low, logdet], [g, torch.full_like(g[:, 0, 0], share)])
 
-# %% ../nbs/11_repa.ipynb #b6fb2d8f
+# %% ../nbs/11_repa.ipynb #55ad14c0
 def value_error(flow:TarFlow, x:Tensor, y, family:list) -> float: # family: options of Reverse
     "The largest difference between the likelihood's features and block inputs and those of the pseudo-reverses."
-    at, cache, feats, entering = flow.to_parts(x), [], {}, {}
-    for t, block in enumerate(flow.blocks, 1):
-        entering[t], now = at, trace(block, block.read(at), y, tuple(range(1, len(block.layers) + 1)))
-        feats |= {(t, l): block.unread(h) for l, h in now.feats.items()}
-        cache.append((now.x.detach(), now.z.detach(), now.alpha.detach()))
-        at = block.unread(now.z)
+    traces, _ = run_blocks(flow, x, y, lambda t: tuple(range(1, len(flow.blocks[t - 1].layers) + 1)))
+    feats, entering = features_in(flow, traces), {t: flow.blocks[t - 1].unread(now.x) for t, now in enumerate(traces, 1)}
     worst = 0.
     for o in family:
-        theirs, carried = pseudo_reverse(flow, cache, Reverse(list(feats), rerun=True, **o), y)
+        theirs, carried = pseudo_reverse(flow, traces, Reverse(list(feats), rerun=True, **o), y)
         worst = max([worst, *((theirs[k] - feats[k]).abs().max().item() for k in feats), *((carried[t] - entering[t]).abs().max().item() for t in carried)])
     return worst
 
-# %% ../nbs/11_repa.ipynb #df92e8ac
+# %% ../nbs/11_repa.ipynb #87932d78
 def judge_exact(results):
     "The verdicts on R3, R4 and R5: identities."
     worst = lambda k: max(r[k] for r in results)
@@ -584,6 +578,7 @@ def judge_exact(results):
                          identity(worst('sequential'), 1e-9, 'gradient at unroll = n - 1 against the sequential reverse'),
                          identity(worst('shared'), 1e-10, 'one forward pass against explicit second passes'))}
 
+# %% ../nbs/11_repa.ipynb #ae16f8cc
 @experiment('alignment_exact', claims=('R3', 'R4', 'R5'), verdict=judge_exact, seeds={'smoke': 1, 'laptop': 3},
             title='the loss, the support of every strategy, and the family of pseudo-reverses, in float64',
             config={'smoke': {'blocks': 3, 'layers': 2, 'dim': 16, 'unrolls': [0, 1, 15]}, 'laptop': {'blocks': 4, 'layers': 2, 'dim': 16, 'unrolls': [0, 1, 2, 4, 15]}})
@@ -624,7 +619,21 @@ class Lookup:
 
     def __repr__(self): return f'Lookup({tuple(self.table.shape)})'
 
-# %% ../nbs/11_repa.ipynb #210a391a
+# %% ../nbs/11_repa.ipynb #69d5ea3c
+def check_alignment(flow, strategy, encoder, lam, likelihood) -> None:
+    "ValueError, by name, for parts that do not fit each other."
+    if not isinstance(strategy, Strategy): raise ValueError(f'strategy: {strategy!r} came; give an object, for instance Reverse([(7, 6), (8, 6)])')
+    check_pairs(strategy.pairs, flow)
+    for name, v in (('lam', lam), ('likelihood', likelihood)):
+        if isinstance(v, bool) or not (isinstance(v, (int, float)) and v >= 0 and math.isfinite(v)): raise ValueError(f'{name}: {v!r}; a weight is a number, 0 or more')
+    if 0 < likelihood < lam / 100 and isinstance(strategy, Reverse) and not strategy.rerun:
+        raise ValueError(f'likelihood: {likelihood} beside lam {lam} would be lost in the rounding of a shared pass; give the strategy rerun=True, or likelihood=0')
+    if isinstance(encoder, nn.Module) and not hasattr(encoder, 'grid'): raise ValueError(f'encoder: {type(encoder).__name__} came; give what encoder(name, grid) returned, or a width')
+    grid = tuple(side // flow.patch_size for side in flow.image_shape[1:])
+    if isinstance(encoder, nn.Module) and tuple(encoder.grid) != grid:
+        raise ValueError(f'encoder: its patches form a grid of {tuple(encoder.grid)}, the tokens of the flow one of {grid}; make it with grid={grid}')
+
+# %% ../nbs/11_repa.ipynb #25fddcc0
 def encoder_may_miss(module, keys):
     keys.missing_keys[:] = [k for k in keys.missing_keys if not k.startswith('encoder.')]
 
@@ -641,16 +650,7 @@ class Alignment(nn.Module):
                  lam:float=.1, hidden:int=1024, # weight; width of the projector
                  likelihood:float=1.):   # weight of the likelihood; 0: the alignment alone
         super().__init__()
-        if not isinstance(strategy, Strategy): raise ValueError(f'strategy: {strategy!r} came; give an object, for instance Reverse([(7, 6), (8, 6)])')
-        check_pairs(strategy.pairs, flow)
-        for name, v in (('lam', lam), ('likelihood', likelihood)):
-            if isinstance(v, bool) or not (isinstance(v, (int, float)) and v >= 0 and math.isfinite(v)): raise ValueError(f'{name}: {v!r}; a weight is a number, 0 or more')
-        if 0 < likelihood < lam / 100 and isinstance(strategy, Reverse) and not strategy.rerun:
-            raise ValueError(f'likelihood: {likelihood} beside lam {lam} would be lost in the rounding of a shared pass; give the strategy rerun=True, or likelihood=0')
-        if isinstance(encoder, nn.Module) and not hasattr(encoder, 'grid'): raise ValueError(f'encoder: {type(encoder).__name__} came; give what encoder(name, grid) returned, or a width')
-        grid = tuple(side // flow.patch_size for side in flow.image_shape[1:])
-        if isinstance(encoder, nn.Module) and tuple(encoder.grid) != grid:
-            raise ValueError(f'encoder: its patches form a grid of {tuple(encoder.grid)}, the tokens of the flow one of {grid}; make it with grid={grid}')
+        check_alignment(flow, strategy, encoder, lam, likelihood)
         self.strategy, self.lam, self.likelihood, self.n = strategy, lam, likelihood, flow.z_shape[0]
         self.encoder, self.width = (encoder, encoder.width) if isinstance(encoder, nn.Module) else (None, encoder)
         self.projector = Projector(flow.blocks[0].proj_in.out_features, self.width, hidden)
@@ -704,18 +704,26 @@ def features_of(name:str, dataset:str, size:int, grid:tuple) -> Tensor: # (sampl
         torch.manual_seed(0)
         return encode(Encoder(DigitsViT().vit, grid, 2, name=name), data)
 
-# %% ../nbs/11_repa.ipynb #76437b9f
+# %% ../nbs/11_repa.ipynb #f59b61aa
 SMALL = {**SWEEP, 'data': 'digits', 'sigma': .1, 'model': {'image_size': 8, 'channels': 1, 'patch_size': 2, 'dim': 48, 'blocks': 4, 'layers': 2, 'head_dim': 24},
          'classes': 10, 'samples': 1000, 'digits': 360}
 PLACES = {'first': [1, 2], 'last': [3, 4], 'all': [1, 2, 3, 4]}
 ALIGN = {'kind': 'reverse', 'blocks': [3, 4], 'layer': 2, 'lam': .5, 'hidden': 256, 'encoder': 'digits'}
 
-# %% ../nbs/11_repa.ipynb #08fc5071
+def last_blocks(how:dict) -> dict: # name -> how
+    "The three flows that are compared most: plain, and detach and reverse on the blocks of `how`."
+    return {'plain': None} | {f'{kind} last': {**how, 'kind': kind} for kind in ('detach', 'reverse')}
+
+# %% ../nbs/11_repa.ipynb #4a7e9f3c
 def drawn(flow:TarFlow, n:int, sigma:float, seed:int, guidance=None) -> Tensor: # (n, c, h, w)
     "Denoised samples, one class after the other; what broke is shown at the edge of what images reach, not left out."
     y, g = torch.arange(n) % flow.classes, torch.Generator().manual_seed(seed + 1)
-    raw, edge = sample(flow, y, guidance, solver='sequential', generator=g, batch_size=250, on_broken='keep'), 1 + max(1., 6 * sigma)
-    return denoise(flow, raw.nan_to_num(0, edge, -edge).clamp(-edge, edge), sigma, y).nan_to_num(0, 1, -1)
+    raw = sample(flow, y, guidance, solver='sequential', generator=g, batch_size=250, on_broken='keep')
+    return denoise(flow, at_edge(raw, sigma), sigma, y).nan_to_num(0, 1, -1)
+
+def guided_fid(flow:TarFlow, c:dict, seed:int, reference) -> dict: # w -> FID
+    "FID of denoised samples under class guidance, for every weight in `c['ws']`."
+    return {str(w): evaluate(drawn(flow, c['samples'], c['sigma'], seed, ClassGuidance(w)), reference, 'fid', 'digits')['fid'] for w in c['ws']}
 
 def look(flow:TarFlow, c:dict, seed:int, reference) -> dict:
     "What the experiments of this chapter measure: accuracies on noisy test images, bits of the noisy density, FID and sFID."
@@ -724,33 +732,43 @@ def look(flow:TarFlow, c:dict, seed:int, reference) -> dict:
     log_p, one = class_log_probs(flow, x), classify(flow, x)
     share = lambda v: v.double().mean().item()
     bits = to_bits(-log_p.gather(1, y[:, None]).mean().item() / x[0].numel())
-    out = {'one': share(one == y), 'bayes': share(log_p.argmax(1) == y), 'agree': share(one == log_p.argmax(1)), 'bits': bits}
-    if reference is None: return out
     found = evaluate(shrunk(drawn(flow, c['samples'], c['sigma'], seed)), reference, ('fid', 'sfid'), 'digits')
-    return {**out, 'fid': found['fid'], 'sfid': found['sfid']}
+    return {'one': share(one == y), 'bayes': share(log_p.argmax(1) == y), 'agree': share(one == log_p.argmax(1)), 'bits': bits,
+            'fid': found['fid'], 'sfid': found['sfid']}
 
 # %% ../nbs/11_repa.ipynb #06fc2c9c
 def shrunk(x:Tensor) -> Tensor: # (n, 1, h, w) -> (n, 1, 8, 8), as the judge of digits takes them
     "Images averaged to 8x8; those of that size as they are."
     return x if x.shape[-1] == 8 else F.interpolate(x, (8, 8), mode='bilinear', antialias=True)
 
-# %% ../nbs/11_repa.ipynb #c7fded03
-def judge_alignment(results):
-    "The verdicts on R2, R7, R9 and R10."
-    last = list(results[0]['runs']['plain'])[-1]
-    get = lambda name, what, step=last: [r['runs'][name][step][what] for r in results]
-    less = lambda a, b, what, sign=1: lower([sign * v for v in get(a, what)], [sign * v for v in get(b, what)],
-                                            (f'{"minus " * (sign < 0)}{what} after {last} steps, {a}', b))
-    table1 = [less('reverse last', 'plain', 'fid'), less('reverse last', 'detach last', 'fid'), less('reverse last', 'forward last', 'fid'),
-              less('detach first', 'reverse last', 'one', -1), less('plain', 'forward last', 'sfid')]
-    faster = [less('reverse last', 'plain', 'fid'), less('reverse last', 'plain', 'one', -1)]
-    best = lambda name: [min(r['guided'][name].values()) for r in results]
-    guided = lower(best('reverse last'), best('plain'), ('FID at the best w, reverse last', 'plain'))
-    gap = [max(abs(max(r['probes'][name].values()) - r['runs'][name][last]['one']) for name in r['probes']) for r in results]
-    return {'R2': lower(gap, [.05] * len(gap), ('distance of one gradient from the best probe', 'five points')),
-            'R7': all_of(*table1), 'R9': all_of(*faster), 'R10': guided}
+# %% ../nbs/11_repa.ipynb #e92f50dd
+def against(results, a:str, b:str, what:str, sign:int=1): # results: name -> what -> number, one a seed
+    "The verdict on the claim that `what` is lower (sign -1: higher) in a than in b."
+    return lower([sign * r[a][what] for r in results], [sign * r[b][what] for r in results], (f'{"minus " * (sign < 0)}{what}, {a}', b))
 
-# %% ../nbs/11_repa.ipynb #dbbb2eb8
+def at_step(runs, step:str) -> list: # name -> step -> what -> number, one a seed  ->  name -> what -> number, one a seed
+    return [{name: looks[step] for name, looks in r.items()} for r in runs]
+
+def judge_faster(results):
+    "The verdict on R9: better FID, and better accuracy, at equal steps."
+    return {'R9': all_of(against(results, 'reverse last', 'plain', 'fid'), against(results, 'reverse last', 'plain', 'one', -1))}
+
+def judge_guided(results):
+    "The verdict on R10, as far as it says that the best of a sweep is better with alignment."
+    best = lambda name: [min(r['guided'][name].values()) for r in results]
+    return {'R10': lower(best('reverse last'), best('plain'), ('FID at the best w, reverse last', 'plain'))}
+
+# %% ../nbs/11_repa.ipynb #072168bb
+def judge_alignment(results):
+    "The verdicts on R2, R7, R9 and R10, after the last step."
+    rows = at_step([r['runs'] for r in results], list(results[0]['runs']['plain'])[-1])
+    table1 = [against(rows, 'reverse last', other, 'fid') for other in ('plain', 'detach last', 'forward last')]
+    table1 += [against(rows, 'detach first', 'reverse last', 'one', -1), against(rows, 'plain', 'forward last', 'sfid')]
+    gap = [max(abs(max(probes.values()) - row[name]['one']) for name, probes in r['probes'].items()) for r, row in zip(results, rows)]
+    return {'R2': lower(gap, [.05] * len(gap), ('distance of one gradient from the best probe', 'five points')),
+            'R7': all_of(*table1), **judge_faster(rows), **judge_guided(results)}
+
+# %% ../nbs/11_repa.ipynb #fca186f6
 @experiment('alignment', claims=('R2', 'R7', 'R9', 'R10'), verdict=judge_alignment, seeds={'smoke': 1, 'laptop': 3},
             title='strategies and places of alignment: accuracy, bits, FID and sFID over steps; guidance and probes at the end',
             config={'smoke': {**SMALL, 'steps': 4, 'every': 2, 'samples': 20, 'digits': 10, 'places': {'last': [3, 4], 'first': [1, 2]}, 'how': ALIGN,
@@ -768,28 +786,17 @@ def alignment(seed, budget):
     for name, how in hows.items():
         runs[name] = {}
         for step, flow in train_aligned(c, seed, how, c['every']): runs[name][str(step)] = look(flow, c, seed, reference)
-        if name in ('plain', 'reverse last'):
-            fid = lambda w: evaluate(drawn(flow, c['samples'], c['sigma'], seed, ClassGuidance(w)), reference, 'fid', 'digits')['fid']
-            guided[name] = {'0': runs[name][str(step)]['fid'], **{str(w): fid(w) for w in c['ws']}}
+        if name in ('plain', 'reverse last'): guided[name] = {'0': runs[name][str(step)]['fid'], **guided_fid(flow, c, seed, reference)}
         if name in c['probed']: probes[name] = {f'{t} {l}': v for (t, l), v in linear_probe(flow, train, test, sigma=c['sigma']).items()}
     return {'runs': runs, 'guided': guided, 'probes': probes}
 
-# %% ../nbs/11_repa.ipynb #623ee281
-def against(results, a:str, b:str, what:str, sign:int=1):
-    "Is `what` lower (sign -1: higher) in a than in b?"
-    return lower([sign * r[a][what] for r in results], [sign * r[b][what] for r in results], (f'{"minus " * (sign < 0)}{what}, {a}', b))
-
-def judge_faster(results):
-    "The verdict on R9: better FID, and better accuracy, at equal steps."
-    return {'R9': all_of(against(results, 'reverse last', 'plain', 'fid'), against(results, 'reverse last', 'plain', 'one', -1))}
-
+# %% ../nbs/11_repa.ipynb #32e95ea5
 def judge_gain(results):
     "The verdicts on R7, R9 and R10, with seeds that nothing was chosen on."
-    best = lambda name: [min(r['guided'][name].values()) for r in results]
-    return {'R7': all_of(against(results, 'reverse last', 'plain', 'fid'), against(results, 'reverse last', 'detach last', 'fid')), **judge_faster(results),
-            'R10': lower(best('reverse last'), best('plain'), ('FID at the best w, reverse last', 'plain'))}
+    return {'R7': all_of(against(results, 'reverse last', 'plain', 'fid'), against(results, 'reverse last', 'detach last', 'fid')),
+            **judge_faster(results), **judge_guided(results)}
 
-# %% ../nbs/11_repa.ipynb #e91a1a0e
+# %% ../nbs/11_repa.ipynb #8192c97f
 @experiment('alignment_gain', claims=('R7', 'R9', 'R10'), verdict=judge_gain, seeds={'smoke': 1, 'laptop': 8},
             title='plain, detach and reverse again, with eight new seeds',
             config={'smoke': {**SMALL, 'steps': 2, 'samples': 20, 'digits': 10, 'how': ALIGN, 'ws': [.5], 'first': 100},
@@ -798,18 +805,15 @@ def alignment_gain(seed, budget):
     "R7, R9, R10: three strategies, one look at the end."
     c = EXPERIMENTS['alignment_gain'].config[budget]
     seed, reference, out = seed + c['first'], collect(load(c['data']), 'digits'), {'guided': {}}
-    for name, how in {'plain': None, **{f'{k} last': {**c['how'], 'kind': k} for k in ('detach', 'reverse')}}.items():
+    for name, how in last_blocks(c['how']).items():
         for _, flow in train_aligned(c, seed, how): out[name] = look(flow, c, seed, reference)
-        if name == 'detach last': continue
-        fid = lambda w: evaluate(drawn(flow, c['samples'], c['sigma'], seed, ClassGuidance(w)), reference, 'fid', 'digits')['fid']
-        out['guided'][name] = {'0': out[name]['fid'], **{str(w): fid(w) for w in c['ws']}}
+        if name != 'detach last': out['guided'][name] = {'0': out[name]['fid'], **guided_fid(flow, c, seed, reference)}
     return out
 
-# %% ../nbs/11_repa.ipynb #c51f0bd2
+# %% ../nbs/11_repa.ipynb #c58459d0
 def judge_settings(results):
     "The verdicts on R8, R13 and R14."
-    fid = lambda name: [r[name]['fid'] for r in results]
-    less = lambda a, b: lower(fid(a), fid(b), (f'FID, {a}', b))
+    less = lambda a, b: against(results, a, b, 'fid')
     deepest = max(int(k.split()[-1]) for k in results[0] if k.startswith('reverse layer'))
     return {'R8': less(f'reverse layer {deepest}', 'reverse layer 1'),
             'R13': all_of(*(less(f'encoder {e}', 'plain') for e in ('digits', 'digits-labels')), less('encoder digits', 'encoder untrained')),
@@ -834,15 +838,12 @@ def alignment_settings(seed, budget):
         for _, flow in train_aligned(c, seed, how): done[key] = look(flow, c, seed, reference)
     return {name: done[str(how)] for name, how in hows.items()}
 
-# %% ../nbs/11_repa.ipynb #c4dba858
+# %% ../nbs/11_repa.ipynb #08e0fa1d
 def judge_longer(results):
     "R9 after four times as many steps: what is left of the head start."
-    last = list(results[0]['plain'])[-1]
-    less = lambda what, sign=1: lower(*([sign * r[n][last][what] for r in results] for n in ('reverse last', 'plain')),
-                                      (f'{"minus " * (sign < 0)}{what} after {last} steps, reverse last', 'plain'))
-    return {'R9': all_of(less('fid'), less('one', -1))}
+    return judge_faster(at_step(results, list(results[0]['plain'])[-1]))
 
-# %% ../nbs/11_repa.ipynb #eb166327
+# %% ../nbs/11_repa.ipynb #7851cde5
 @experiment('alignment_longer', claims=('R9',), verdict=judge_longer, seeds={'smoke': 1, 'laptop': 3},
             title='plain, detach and reverse, trained four times as long',
             config={'smoke': {**SMALL, 'steps': 4, 'every': 2, 'samples': 40, 'digits': 20, 'how': ALIGN},
@@ -851,10 +852,10 @@ def alignment_longer(seed, budget):
     "R9: plain, detach and reverse on the last two blocks, for longer."
     c = EXPERIMENTS['alignment_longer'].config[budget]
     reference = collect(load(c['data']), 'digits')
-    hows = {'plain': None} | {f'{kind} last': {**c['how'], 'kind': kind} for kind in ('detach', 'reverse')}
+    hows = last_blocks(c['how'])
     return {name: {str(step): look(flow, c, seed, reference) for step, flow in train_aligned(c, seed, how, c['every'])} for name, how in hows.items()}
 
-# %% ../nbs/11_repa.ipynb #1da2e98c
+# %% ../nbs/11_repa.ipynb #ea6f617f
 @experiment('alignment_mnist', claims=('R9',), verdict=judge_faster, seeds={'smoke': 1, 'laptop': 3}, title='MNIST at 28x28, aligned with the encoder of the 8x8 digits, which has never seen it',
             config={'smoke': {**SMALL, 'data': 'mnist5k', 'sigma': .2, 'model': {**SMALL['model'], 'image_size': 28, 'patch_size': 4}, 'steps': 1, 'samples': 20, 'digits': 10,
                               'how': {**ALIGN, 'encoder': 'pixels'}},
@@ -864,7 +865,7 @@ def alignment_mnist(seed, budget):
     c = EXPERIMENTS['alignment_mnist'].config[budget]
     data, out = load(c['data']), {}
     reference = collect(shrunk(data.batch(range(len(data)))[0]), 'digits')
-    for name, how in {'plain': None, **{f'{k} last': {**c['how'], 'kind': k} for k in ('detach', 'reverse')}}.items():
+    for name, how in last_blocks(c['how']).items():
         for _, flow in train_aligned(c, seed, how): out[name] = look(flow, c, seed, reference)
     return out
 
@@ -901,7 +902,7 @@ def patch_side(model:nn.Module, name:str) -> int:
                          f'give a Vision Transformer, for instance {", ".join(ENCODERS)}')
     return sides.pop()
 
-# %% ../nbs/11_repa.ipynb #ef4610b0
+# %% ../nbs/11_repa.ipynb #2ee6dc67
 def timm_vit(name:str,      # a preset or a name of timm
              grid:tuple,    # patches (rows, columns)
              weights=None,  # a local file, or None: the hub's
@@ -922,6 +923,11 @@ def timm_vit(name:str,      # a preset or a name of timm
     if missing.keys: raise ValueError(f'weights: {weights or "the hub"} lacks {missing.keys}, which {full} has; it is of another model')
     return model, patch
 
+def few_words(e:Exception) -> str:
+    "The beginning of an error's message, on one line."
+    return ' '.join(str(e).split())[:200]
+
+# %% ../nbs/11_repa.ipynb #3f611deb
 class MissingWeights(logging.Filter):
     "Listens to timm, which only whispers the tensors that a file lacked and that stay random."
     log = logging.getLogger('timm.models._builder')
@@ -934,10 +940,6 @@ class MissingWeights(logging.Filter):
         text = record.getMessage()
         if text.startswith('Missing keys'): self.keys = text[text.find('(') + 1:text.find(')')][:80]
         return record.levelno >= self.heard
-
-def few_words(e:Exception) -> str:
-    "The beginning of an error's message, on one line."
-    return ' '.join(str(e).split())[:200]
 
 # %% ../nbs/11_repa.ipynb #1d04c345
 def cached(cfg):                # of timm: where the weights are

@@ -62,8 +62,8 @@ def test_checkpointing_holds_less():
     def held(**kw):
         sizes = {}
         def pack(t): sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes(); return t
-        from flowbook.denoise import _log_prob
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): _log_prob(flow, x.clone().requires_grad_(), None, **kw)
+        from flowbook.denoise import frozen_log_prob
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): frozen_log_prob(flow, x.clone().requires_grad_(), None, **kw)
         return sum(sizes.values())
     assert held(checkpoint=True) < .3 * held(checkpoint=False)
 

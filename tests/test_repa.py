@@ -114,7 +114,7 @@ def test_values_are_those_of_the_cache():
         entering[t] = at
         now = trace(block, block.read(at), y, (1, 2))
         want |= {(t, l): block.unread(h) for l, h in now.feats.items()}
-        cache.append((now.x.detach(), now.z.detach(), now.alpha.detach()))
+        cache.append(now)
         at = block.unread(now.z)
     for how in (dict(carry=False), {}, dict(unroll=1), dict(unroll=3), dict(unroll=7)):
         feats, carried = pseudo_reverse(flow, cache, Reverse(list(want), rerun=True, **how), y)
