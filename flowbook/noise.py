@@ -157,7 +157,7 @@ def spiral(m:int=40) -> Tensor: # (m, 2), float64
     t = torch.linspace(.15, 1, m, dtype=torch.float64)
     return 1.2 * torch.stack([t * torch.cos(2.6 * math.pi * t), t * torch.sin(2.6 * math.pi * t)], 1)
 
-# %% ../nbs/06_noise.ipynb #493b4d99
+# %% ../nbs/06_noise.ipynb #9f0ae224
 def condition(flow:Flow, x:Tensor, y=None) -> tuple: # x (b, ...) -> largest (b,), condition number (b,)
     "The largest singular value of dx/dz at each `x`, and its ratio to the smallest; one backward pass a dimension."
     with torch.inference_mode(False), torch.enable_grad():                      # a measurement may stand in a no_grad block
@@ -171,18 +171,18 @@ def condition(flow:Flow, x:Tensor, y=None) -> tuple: # x (b, ...) -> largest (b,
     largest[whole], ratio[whole] = 1 / s[:, -1], s[:, 0] / s[:, -1]
     return largest, ratio
 
-def reach(sigma:float) -> float:
-    "How far from zero images in [-1, 1] with noise sigma go: 6 sigma beyond, at least 1."
-    return 1 + max(1., 6 * sigma)
+def reach(sigma:float, data:float=1.) -> float: # `data`: how far the clean data go, 1 for images; latents go further
+    "How far from zero data with noise sigma go: 6 sigma beyond their own reach, at least once more that far."
+    return data + max(data, 6 * sigma)
 
-def is_broken(x:Tensor, sigma:float=0.) -> Tensor: # (b, ...) samples -> (b,) bool
-    "Samples that hold NaN or infinity, or values which no image in [-1, 1] with noise sigma reaches (6 sigma beyond, at least 1)."
+def is_broken(x:Tensor, sigma:float=0., data:float=1.) -> Tensor: # (b, ...) samples -> (b,) bool
+    "Samples that hold NaN or infinity, or values which no datum with noise sigma reaches (images: 6 sigma beyond [-1, 1], at least 1)."
     flat = x.flatten(1)
-    return ~flat.isfinite().all(1) | (flat.abs() > reach(sigma)).any(1)
+    return ~flat.isfinite().all(1) | (flat.abs() > reach(sigma, data)).any(1)
 
-def at_edge(x:Tensor, sigma:float=0.) -> Tensor: # like x
-    "Samples, with what broke shown at the edge of what images reach: to leave it out would flatter a model."
-    edge = reach(sigma)
+def at_edge(x:Tensor, sigma:float=0., data:float=1.) -> Tensor: # like x
+    "Samples, with what broke shown at the edge of what data reach: to leave it out would flatter a model."
+    edge = reach(sigma, data)
     return x.nan_to_num(0, edge, -edge).clamp(-edge, edge)
 
 # %% ../nbs/06_noise.ipynb #38033a00

@@ -81,13 +81,13 @@ class Layer(nn.Module):
         x = x + self.attn(x, tau, past)
         return x + self.mlp(x)
 
-# %% ../nbs/04_tarflow.ipynb #d2f7073f
+# %% ../nbs/04_tarflow.ipynb #25f46f38
 def check_tau(tau):
     if not 0 < tau < math.inf: raise ValueError(f'tau: {tau}; a temperature is a number above 0, 1 as in training')
 
 class TokenTransformer(nn.Module):
     "The network of a block: projections, learned positions, classes, and causal layers. TARFlow §2.3, §3."
-    causal = True
+    causal, adds_class = True, True      # is the class vector added to the tokens? (layers may use it otherwise)
     def __init__(self, n:int, d:int,     # tokens, numbers in a token
                  dim:int,                # width of the Transformer
                  layers:int, head_dim:int=64, classes:int=0,
@@ -102,11 +102,13 @@ class TokenTransformer(nn.Module):
         d_in, d_out = self.widths()
         self.proj_in = nn.Linear(d_in, dim)
         self.pos_embed = nn.Parameter(torch.randn(n, dim) * .01)                # by place in the image
-        self.embed = ClassEmbedding(classes, dim) if classes else None
+        self.embed = self.class_embedding(classes, dim)
         self.layers = nn.ModuleList([layer(dim, head_dim, self.causal) for _ in range(layers)])
         self.proj_out = zero_(nn.Linear(dim, d_out if vp else 2 * d_out))
 
     def widths(self): return self.z_shape[1], self.z_shape[1]                   # numbers read, steered
+
+    def class_embedding(self, classes, dim): return ClassEmbedding(classes, dim) if classes else None
 
     def class_vector(self, y, b):
         if self.embed is None: check_y(y, 0)
@@ -114,7 +116,7 @@ class TokenTransformer(nn.Module):
 
     def embed_tokens(self, x, where, c): # (b, m, d) tokens read at positions `where` -> (b, m, dim)
         h = self.proj_in(x) + (self.pos_embed if self.order is None else self.pos_embed[self.order])[where]
-        return h if c is None else h + c[:, None]
+        return h + c[:, None] if c is not None and self.adds_class else h
 
     def run(self, h, c, tau, features):  # (b, m, dim) -> (b, m, dim), {layer: (b, m, dim)}
         check_tau(tau)
@@ -127,13 +129,15 @@ class TokenTransformer(nn.Module):
             if l in features: feats[l] = h
         return h, feats
 
-    def split(self, out, like):          # output of proj_out -> mu, alpha
+    def head(self, h, c): return self.proj_out(h)                               # (b, m, dim), class vector -> (b, m, 2d)
+
+    def split(self, out, like):          # output of the head -> mu, alpha
         out = out.to(like.dtype)                            # under bf16 autocast the affine map stays float32
         if self.vp: return out, torch.zeros_like(out)
         alpha, mu = out.chunk(2, -1)
         return mu, alpha
 
-# %% ../nbs/04_tarflow.ipynb #34b69e5a
+# %% ../nbs/04_tarflow.ipynb #e174c661
 class Conditioner(TokenTransformer):
     "mu and alpha of each token from the tokens read before it: the shift by one. TARFlow Eq. 3 and 4."
     def params(self, x:Tensor,           # (b, n, d) tokens in reading order
@@ -144,7 +148,7 @@ class Conditioner(TokenTransformer):
         n, c = x.shape[1], self.class_vector(y, len(x))
         m = n if features else n - 1                        # the last position serves nobody but features
         h, feats = self.run(self.embed_tokens(x[:, :m], slice(0, m), c), c, tau, features)
-        shifted = F.pad(self.proj_out(h[:, :n - 1]), (0, 0, 1, 0))              # zeros for the first token
+        shifted = F.pad(self.head(h[:, :n - 1], c), (0, 0, 1, 0))               # zeros for the first token
         return *self.split(shifted, x), feats
 
     def step(self, x_prev,               # (b, d) the token read before (the first position: of this shape)
@@ -157,8 +161,10 @@ class Conditioner(TokenTransformer):
         c = self.class_vector(y, len(x_prev))
         h = self.embed_tokens(x_prev[:, None], slice(i - 1, i), c)
         for l, layer in enumerate(self.layers, 1):
-            h = layer(h, c, tau=tau, past=functools.partial(cache.extend, l))
-        return self.split(self.proj_out(h)[:, 0], x_prev)
+            past = functools.partial(cache.extend, l)
+            past.start = i - 1                              # for kinds of layer that need to know where they are
+            h = layer(h, c, tau=tau, past=past)
+        return self.split(self.head(h, c)[:, 0], x_prev)
 
 # %% ../nbs/04_tarflow.ipynb #7e1ee528
 class TarBlock(Conditioner, Flow):
@@ -253,7 +259,7 @@ def check_config(h, w, channels, patch_size, dim, blocks, layers, head_dim, clas
     if isinstance(classes, bool) or not isinstance(classes, int) or classes < 0:
         raise ValueError(f'classes: {classes!r}; 0 means unconditional, otherwise a number of classes')
 
-# %% ../nbs/04_tarflow.ipynb #2401b8e3
+# %% ../nbs/04_tarflow.ipynb #f671d86a
 class TarFlow(BlockFlow, Pretrained):
     "TARFlow: images in [-1, 1] -> latents (b, n, d), by blocks that alternate their order. TARFlow §2.3."
     def __init__(self,
@@ -280,13 +286,16 @@ class TarFlow(BlockFlow, Pretrained):
         n, d = h * w // patch_size**2, channels * patch_size**2
         self.image_shape, self.patch_size, self.z_shape = (channels, h, w), patch_size, (n, d)
         self.classes, self.kind = classes, kind
-        block = CouplingBlock if kind == 'coupling' else TarBlock
         self.blocks = nn.ModuleList([
-            block(n, d, dim, k, head_dim, classes, order=reading_order(o, n, t), vp=kind == 'vp')
+            self.make_block(n, d, dim, k, head_dim, classes, order=reading_order(o, n, t))
             for t, (k, o) in enumerate(zip(each_k, each_o))])
         log_var = torch.zeros(n, d)                    # learned where nothing else can scale: TARFlow §3.6
         if kind == 'vp': self.log_prior_var = nn.Parameter(log_var)
         else: self.register_buffer('log_prior_var', log_var)
+
+    def make_block(self, *sizes, order, layer=Layer):  # later chapters build other kinds
+        block = CouplingBlock if self.kind == 'coupling' else TarBlock
+        return block(*sizes, order=order, vp=self.kind == 'vp', layer=layer)
 
     @property
     def prior_var(self): return self.log_prior_var.exp()                        # (n, d)
@@ -300,7 +309,7 @@ class TarFlow(BlockFlow, Pretrained):
         load_strictly(flow.to(state['blocks.0.proj_in.weight'].dtype), published_weights(state), 'state')
         return flow
 
-# %% ../nbs/04_tarflow.ipynb #01c29463
+# %% ../nbs/04_tarflow.ipynb #dfd0c60a
 class CouplingBlock(TarBlock):
     "Channel coupling: half of every token, by an unmasked Transformer, steers the other. TARFlow §3.6."
     causal = False
@@ -323,7 +332,7 @@ class CouplingBlock(TarBlock):
         steers = x[..., half:] if self.flipped else x[..., :half]               # (b, n, half)
         h, feats = self.run(self.embed_tokens(steers, slice(0, x.shape[1]), c), c, tau, features)
         pad = (0, x.shape[-1] - half) if self.flipped else (half, 0)            # what steers passes unchanged
-        mu, alpha = (F.pad(p, pad) for p in self.split(self.proj_out(h), x))
+        mu, alpha = (F.pad(p, pad) for p in self.split(self.head(h, c), x))
         return mu, alpha, feats
 
     def step(self, *args, **kw):

@@ -21,7 +21,7 @@ def test_the_guard_forbids():
     assert 'ModuleNotFoundError' in run('import matplotlib.pyplot').stderr
 
 
-@pytest.mark.parametrize('module', ['tarflow', 'flows', 'data', 'train', 'metrics', 'evidence', 'noise', 'denoise', 'guidance', 'sampling', 'classify', 'repa', 'explore'])
+@pytest.mark.parametrize('module', ['tarflow', 'flows', 'data', 'train', 'metrics', 'evidence', 'noise', 'denoise', 'guidance', 'sampling', 'classify', 'repa', 'latent', 'explore'])
 def test_modules_import_alone(module):
     r = run(f'import flowbook.{module}')
     assert r.returncode == 0, r.stderr

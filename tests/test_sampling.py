@@ -223,6 +223,15 @@ def test_another_precision_keeps_the_tokens():
         assert x.dtype == torch.float32 and 0 < (x - S.invert(flow, z, y, ClassGuidance(1.))).abs().max() < .3
 
 
+def test_another_precision_leaves_a_hooked_layer_as_it_is():
+    flow, y = TarFlow.from_pretrained('digits-0.1'), torch.arange(4)
+    z, plain = latents(flow, 4), S.invert(flow, latents(flow, 4), y, solver='sequential', dtype=torch.bfloat16)
+    seen = []
+    flow.blocks[0].layers[0].mlp.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
+    x = S.invert(flow, z, y, solver='sequential', dtype=torch.bfloat16)
+    assert set(seen) == {torch.bfloat16} and {p.dtype for p in flow.parameters()} == {torch.float32} and (x - plain).abs().max() < .1
+
+
 # ---------------------------------------------------------------------------
 # auto
 def test_passes_are_kept_with_the_model(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'know_passes', 'brief', 'main', 'cli']
 
-# %% ../../nbs/16_remake.ipynb #9ac143bb
+# %% ../../nbs/16_remake.ipynb #a345d655
 import argparse, json, sys, time
 from difflib import get_close_matches
 from functools import partial
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from ..flows import weights_folder
 from ..guidance import ClassGuidance, TemperatureGuidance
+from ..latent import DIGITS_VAE, LATENTS, train_digits_vae, train_latent_flow
 from ..metrics import train_digit_classifier
 from ..noise import FLOWS, train_flow
 from ..repa import ALIGNED, train_aligned_flow, train_digits_encoder, train_digits_encoder_labels
@@ -26,6 +27,8 @@ RECIPES |= {'digits-encoder': (train_digits_encoder, 'a vision encoder of digits
             'digits-encoder-labels': (train_digits_encoder_labels, 'the same trained on the labels, a control, a minute')}
 RECIPES |= {name: (partial(train_aligned_flow, name), f'TARFlow on {c["data"]}, noise {c["sigma"]}, aligned with {c["how"]["encoder"]!r}, {c["minutes"]} minutes')
             for name, c in ALIGNED.items()}
+RECIPES |= {DIGITS_VAE: (train_digits_vae, 'an autoencoder of digits, 2 minutes')}
+RECIPES |= {name: (partial(train_latent_flow, name), f'TARFlow on latents of digits, noise {c["sigma"]}, {c["minutes"]} minutes') for name, c in LATENTS.items()}
 
 # %% ../../nbs/16_remake.ipynb #b79e1276
 def know_passes(model):                  # the model itself; its card is another
