@@ -208,9 +208,9 @@ class Experiment:
     config: dict                    # budget -> configuration
     verdict: Callable|None = field(default=None, repr=False)
 
-# %% ../nbs/03_evidence.ipynb #c055eca3
+# %% ../nbs/03_evidence.ipynb #38d60b4a
 EXPERIMENTS = {}
-CHAPTERS = 'evidence', 'denoise', 'guidance', 'classify', 'repa', 'latent', 'scripts.demo'  # the modules that register experiments
+CHAPTERS = 'evidence', 'denoise', 'guidance', 'classify', 'repa', 'latent', 'simflow', 'scripts.demo'  # the modules that register experiments
 
 def experiment(name:str, claims:tuple=(), title:str='',
                seeds:dict=None,     # budget -> how many seeds, for instance {'smoke': 1, 'laptop': 3}

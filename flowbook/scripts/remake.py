@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'know_passes', 'brief', 'main', 'cli']
 
-# %% ../../nbs/16_remake.ipynb #a345d655
+# %% ../../nbs/16_remake.ipynb #b97c9fc7
 import argparse, json, sys, time
 from difflib import get_close_matches
 from functools import partial
@@ -18,6 +18,7 @@ from ..metrics import train_digit_classifier
 from ..noise import FLOWS, train_flow
 from ..repa import ALIGNED, train_aligned_flow, train_digits_encoder, train_digits_encoder_labels
 from ..sampling import calibrate
+from ..simflow import train_digits_simflow
 from ..tarflow import TarFlow
 
 RECIPES = {'digits-classifier': (train_digit_classifier, 'the judge of the samples of digits, about a minute')}
@@ -27,7 +28,8 @@ RECIPES |= {'digits-encoder': (train_digits_encoder, 'a vision encoder of digits
             'digits-encoder-labels': (train_digits_encoder_labels, 'the same trained on the labels, a control, a minute')}
 RECIPES |= {name: (partial(train_aligned_flow, name), f'TARFlow on {c["data"]}, noise {c["sigma"]}, aligned with {c["how"]["encoder"]!r}, {c["minutes"]} minutes')
             for name, c in ALIGNED.items()}
-RECIPES |= {DIGITS_VAE: (train_digits_vae, 'an autoencoder of digits, 2 minutes')}
+RECIPES |= {DIGITS_VAE: (train_digits_vae, 'an autoencoder of digits, 2 minutes'),
+            'digits-simflow': (train_digits_simflow, 'autoencoder and flow of digits, trained together, 2 minutes')}
 RECIPES |= {name: (partial(train_latent_flow, name), f'TARFlow on latents of digits, noise {c["sigma"]}, {c["minutes"]} minutes') for name, c in LATENTS.items()}
 
 # %% ../../nbs/16_remake.ipynb #b79e1276
