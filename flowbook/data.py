@@ -411,7 +411,7 @@ class Batch(NamedTuple):
     seed: int      # of the run
     target: Tensor|None = None # what an objective is to see beside x: the images before the noise, for instance (chapter 11)
 
-# %% ../nbs/00_data.ipynb #18baabb6
+# %% ../nbs/00_data.ipynb #8586703e
 class Flip:
     "Mirror each image, left to right, with probability `p`; keyed by (seed, epoch, sample)."
     def __init__(self, p:float=.5):
@@ -421,6 +421,7 @@ class Flip:
         draws = [keyed(batch.seed, batch.epoch, i, 'flip').random() for i in batch.index.tolist()]
         flip = torch.tensor([u < self.p for u in draws], dtype=torch.bool)
         return batch._replace(x=torch.where(flip[:, None, None, None], batch.x.flip(-1), batch.x))
+    def __repr__(self): return f'Flip({self.p})'
 
 # %% ../nbs/00_data.ipynb #d0308730
 def _take(data, index:Tensor) -> tuple:              # x (b, c, h, w), y (b,)

@@ -555,7 +555,7 @@ class Perceptual:
         self.distance = lpips(device=device) if distance is None else distance
     def __call__(self, s): return self.distance(s.xhat, s.image).mean()
 
-# %% ../nbs/13_simflow.ipynb #5e3ffe46
+# %% ../nbs/13_simflow.ipynb #a7fdc855
 class PatchCritic(nn.Sequential):
     "Strided convolutions; every number that comes out judges a patch. PatchGAN (Isola et al., 2017), as in LDM."
     def __init__(self, channels:int=3, width:int=64, levels:int=3):
@@ -571,8 +571,9 @@ class Adversarial(nn.Module):
     def __init__(self, critic:nn.Module, # (b, c, h, w) -> scores of any shape
                  start:int=0):           # steps before it sets in; 50,000 in LDM
         super().__init__()
-        self.critic, self.start, self.seen = critic, start, 0
-    def __call__(self, s):
+        self.critic, self.start = critic, start
+        self.register_buffer('seen', torch.zeros((), dtype=torch.long))           # a buffer: a resumed run remembers it
+    def forward(self, s):
         self.seen += 1
         if self.seen <= self.start: return {k: s.image.new_zeros(()) for k in ('fool', 'tell')}
         fixed = {k: v.detach() for k, v in self.critic.named_parameters()}

@@ -75,3 +75,17 @@ def test_bad_input(args, says):
     with pytest.raises(ValueError, match=says): denoise(flow, torch.randn(3, 1, 4, 4), *args)
     with pytest.raises(ValueError, match='floating'): denoise(flow, torch.zeros(3, 1, 4, 4, dtype=torch.long), .1)
     with pytest.raises(ValueError, match='takes images'): denoise(flow, torch.zeros(3, 1, 5, 5), .1)
+
+
+def test_threads_leave_the_parameters_of_a_model_alone():
+    "`functional_call` swaps parameters for the length of a call: without a lock, threads restored each other's, and a model could no longer be trained."
+    import threading
+    flow = shake(TarFlow(4, 1, 2, 16, 2, 1, 8, classes=3), .1, 0)
+    before, x, want, got = list(flow.parameters()), torch.randn(2, 1, 4, 4), {}, {}
+    for k in range(3): want[k] = score(flow, x + k, torch.tensor([k, -1]))
+    def many(k):
+        for _ in range(40): got[k] = score(flow, x + k, torch.tensor([k, -1]))
+    threads = [threading.Thread(target=many, args=(k,)) for k in range(3)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert all(a is b and b.requires_grad for a, b in zip(before, flow.parameters())) and all(torch.equal(want[k], got[k]) for k in range(3))
