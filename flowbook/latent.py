@@ -31,7 +31,7 @@ from .train import DropLabels, GaussianNoise, ema, fit, keyed_normal, mean_nll
 # Axis legend of this module: b batch, n tokens, m tokens of a call, d numbers in a token, h heads, e width of a head, c channels of a latent,
 # h w its height and width, f the VAE's factor: an image is (b, channels, f h, f w).
 
-# %% ../nbs/12_latent.ipynb #8fe6ac71
+# %% ../nbs/12_latent.ipynb #f435290f
 def places(h:int, w:int,   # of the grid of tokens
            order=None      # (n,): the i-th token read is token order[i]; None: as they come
           ) -> Tensor:     # (n, 2) int64: row and column, in reading order
@@ -43,7 +43,7 @@ def angles(where:Tensor,   # (m, 2) rows and columns
            e:int,          # width of a head, a multiple of 4
            theta:float=100., dtype=torch.float32) -> Tensor: # (m, e/2) radians
     "Row times frequency for the first half, column times frequency for the second. Su et al., 2021, in two dimensions."
-    frequency = theta ** (torch.arange(e // 4, device=where.device, dtype=dtype) / -(e // 4))      # (e/4,) from 1 down to nearly 1/theta
+    frequency = theta ** (torch.arange(e // 4, device=where.device, dtype=dtype) / -(e // 4))      # (e/4,) from 1 down towards 1/theta
     return (where[:, :, None] * frequency).flatten(1)
 
 def turn(x:Tensor,         # (..., m, e) queries or keys
@@ -141,7 +141,7 @@ VAES = {'sd-vae-ft-ema': 'stabilityai/sd-vae-ft-ema',    # R-REPA §5: f 8, 4 ch
         'sd-vae-ft-mse': 'stabilityai/sd-vae-ft-mse'}    # its sister, which was trained longer on squared errors
 DIGITS_VAE = 'digits-vae'                                # the book's own, in `flowbook/weights`
 
-# %% ../nbs/12_latent.ipynb #8d51b3c1
+# %% ../nbs/12_latent.ipynb #b196cb4a
 class Vae(nn.Module):
     "A frozen autoencoder of diffusers: images in [-1, 1] -> scaled latents, and back. R-REPA §4.3."
     def __init__(self, model:nn.Module,   # an AutoencoderKL, which is frozen here
@@ -208,6 +208,7 @@ class Vae(nn.Module):
 
     def __repr__(self): return f'{self.name}: factor {self.factor}, {self.channels} channels, scale {self.scale:.5g}, {sum(p.numel() for p in self.parameters()):,} parameters'
 
+# %% ../nbs/12_latent.ipynb #d7894e6e
 def posterior(moments:Tensor,              # (b, 2, c, h, w) mean and standard deviation
               noise:Tensor=None            # (b, c, h, w) standard normal; None: the mean
              ) -> Tensor:                  # (b, c, h, w)
@@ -215,7 +216,7 @@ def posterior(moments:Tensor,              # (b, 2, c, h, w) mean and standard d
     mean, std = moments.unbind(1)
     return mean if noise is None else mean + std * noise.to(mean)
 
-# %% ../nbs/12_latent.ipynb #ba7c5365
+# %% ../nbs/12_latent.ipynb #77f52fef
 def load_vae(name=DIGITS_VAE,              # 'digits-vae', 'sd-vae-ft-ema', any `owner/name` of the hub, or a folder in diffusers' format
              device='cpu', memory:str='whole') -> Vae:
     "A frozen VAE by name. Nothing is unpickled: weights are safetensors."
@@ -234,6 +235,7 @@ def load_vae(name=DIGITS_VAE,              # 'digits-vae', 'sd-vae-ft-ema', any 
     if folder is not None and (folder/'card.json').exists(): vae.card = json.loads((folder/'card.json').read_text())
     return vae.to(device)
 
+# %% ../nbs/12_latent.ipynb #991ae1a8
 def check_vae_reachable(full:str, seconds:float=4.) -> None:
     "A ValueError within seconds where a VAE is neither in the cache nor to be downloaded."
     from huggingface_hub import constants, try_to_load_from_cache
@@ -243,7 +245,7 @@ def check_vae_reachable(full:str, seconds:float=4.) -> None:
     url = f'{constants.ENDPOINT}/{full}/resolve/main/config.json'
     if why := no_answer(url, seconds): raise ValueError(f'name: {full} is not in the cache and could not be had from {url.split("/")[2]} ({why}); {help}')
 
-# %% ../nbs/12_latent.ipynb #8a978ed8
+# %% ../nbs/12_latent.ipynb #cb3d3cd1
 class VaeLoss:
     "Squared error a pixel, and a little KL a latent number: an Objective for an AutoencoderKL. Kingma & Welling, 2014."
     def __init__(self, beta:float=3e-4): self.beta = beta
@@ -272,6 +274,7 @@ def train_digits_vae(seed:int=0, steps:int=1200, widths=(16, 32), beta:float=3e-
     vae.card = {'data': 'digits', 'seed': seed, 'steps': steps, 'beta': beta, **judged(vae)}
     return vae
 
+# %% ../nbs/12_latent.ipynb #cfcee1b5
 def judged(vae:Vae) -> dict:
     "What a VAE keeps of the test digits, and the statistics of its latents."
     x = load('digits', 'test').batch(range(360))[0]
@@ -307,10 +310,10 @@ class Pick:
         return batch._replace(x=drawn_keyed(batch.x[torch.arange(len(which)), which].float(), batch, self.sample))
     def __repr__(self): return f'Pick({self.p})'
 
-# %% ../nbs/12_latent.ipynb #873168ec
+# %% ../nbs/12_latent.ipynb #010f9d63
 def cache_latents(vae:Vae, data, folder,   # a dataset; where the shards go
                   flip:bool=True,          # also of the mirrored images
-                  shard:int=4096,          # samples a file: at f8 and 256x256, 64 KiB a sample and flip in float32 are 512 MiB with both
+                  shard:int=4096,          # samples a file: at f8 and 256x256, 32 KiB a sample and flip in float32 are 256 MiB with both
                   batch_size:int=32, dtype=torch.float32, # float16 halves it
                   part:tuple=(0, 1),       # (rank, world): this process writes every world-th shard
                   progress:bool=False) -> Path:
@@ -333,6 +336,7 @@ def cache_latents(vae:Vae, data, folder,   # a dataset; where the shards go
         replace_bytes(path, save({'moments': torch.cat(moments), 'labels': torch.cat(labels)}, {'vae': vae.identity}))
     return folder
 
+# %% ../nbs/12_latent.ipynb #e1f4bc47
 def replace_bytes(path:Path, content:bytes) -> None:
     tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
     tmp.write_bytes(content); os.replace(tmp, path)
@@ -476,7 +480,7 @@ def train_latent_flow(name:str='digits-latent-0.2', # one of LATENTS
         flow.card = {**flow.card, 'test_nll': round(mean_nll(flow, test, [Pick(0.), GaussianNoise(c['sigma'])]), 4), 'class_names': list(data.classes)}
     return flow
 
-# %% ../nbs/12_latent.ipynb #908abc0f
+# %% ../nbs/12_latent.ipynb #8e1f0bc3
 def judge_latent(results):
     "The verdicts on R15 and R11."
     get = lambda s, k: [r['sigma'][s][k] for r in results]
@@ -487,6 +491,7 @@ def judge_latent(results):
     return {'R15': lower(get('0.2', 'fid_denoised'), get('0.2', 'fid_raw'), ('FID at sigma 0.2 denoised', 'raw')),
             'R11': r11._replace(reason=f"lowest at sigma {', '.join(best)}, seed by seed; {r11.reason}")}
 
+# %% ../nbs/12_latent.ipynb #0215f489
 @experiment('latent_two_step', claims=('R15', 'R11'), verdict=judge_latent, seeds={'smoke': 1, 'laptop': 3},
             title='latent TARFlow on digits: decoded samples raw and denoised, by the noise in training',
             config={'smoke': {**LATENT, 'steps': 10, 'sigmas': ['0.2'], 'samples': 50}, 'laptop': {**LATENT, 'steps': 800, 'sigmas': ['0.05', '0.1', '0.2', '0.4'], 'samples': 1437}})

@@ -13,17 +13,18 @@ __all__ = ['KINDS', 'SIZES', 'VAE', 'VARIANTS', 'KL_WEIGHT', 'PAPER', 'DIGITS', 
            'PatchCritic', 'Adversarial', 'paper_terms', 'AlignedNLL', 'train_digits_simflow', 'turns',
            'judge_simflow_guidance', 'simflow_guidance', 'between', 'check_latents', 'spectrum', 'spectral_entropy',
            'high_frequency', 'total_variation', 'autocorrelation', 'latent_statistics', 'against_noise', 'halfway',
-           'judge_robust', 'simflow_robust']
+           'judge_robust', 'simflow_robust', 'elbo_errors', 'entropy_error', 'averaging_error', 'judge_exact',
+           'simflow_exact']
 
-# %% ../nbs/13_simflow.ipynb #0e137679
+# %% ../nbs/13_simflow.ipynb #33f1cb87
 import math, time
 from typing import NamedTuple
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from .data import batches, load
-from .evidence import EXPERIMENTS, Verdict, all_of, compare, experiment, lower, summary
-from .flows import Pretrained, check_y, normal_log_prob, zero_
+from .evidence import EXPERIMENTS, Verdict, all_of, compare, experiment, identity, lower, summary
+from .flows import Pretrained, check_y, normal_log_prob, shake, zero_
 from .guidance import Guidance, StarGuidance, score_guidance
 from .metrics import agreement, collect, digit_classifier, evaluate, lpips, reconstruction
 from .repa import alignment_loss
@@ -163,7 +164,7 @@ class NullEmbedding(nn.Module):
         if y.is_floating_point(): return y.to(self.weight.dtype) @ self.weight[:-1]
         return self.weight[torch.where(y < 0, len(self.weight) - 1, y).long()]
 
-# %% ../nbs/13_simflow.ipynb #09613a29
+# %% ../nbs/13_simflow.ipynb #5b71c829
 def modulate(x:Tensor, shift:Tensor, scale:Tensor) -> Tensor: return x * (1 + scale) + shift
 
 class Modulation(nn.Module):
@@ -174,6 +175,7 @@ class Modulation(nn.Module):
 
     def forward(self, c): return self.linear(F.silu(c))[:, None].chunk(self.count, -1)
 
+# %% ../nbs/13_simflow.ipynb #9e9ca7bf
 class AdaLayer(nn.Module):
     "A Transformer layer whose class says how attention and MLP are shifted, scaled and gated. DiT §3.2; SimFlow App. B."
     def __init__(self, dim:int, head_dim:int=64, causal:bool=True):
@@ -206,7 +208,7 @@ class AdaTarFlow(TarFlow):
         if self.kind != 'nvp': raise ValueError(f"kind: {self.kind!r}; adaLN-Zero is built for 'nvp' alone")
         return AdaBlock(*sizes, order=order)
 
-# %% ../nbs/13_simflow.ipynb #ee09de91
+# %% ../nbs/13_simflow.ipynb #918a9390
 def class_vectors(modulation:Modulation, c:Tensor) -> list: # (rows, dim) -> `count` of (rows, dim), in the dtype of c
     "What a class says does not depend on the position: once an inversion is enough."
     b, w = weights_of(modulation.linear, c)
@@ -227,6 +229,7 @@ class FastAdaLayer(FastLayer):
         x.view(-1, *self.gate[k].shape).addcmul_(torch.addmm(b, o, w).view(-1, *self.gate[k].shape), self.gate[k])
         return x
 
+# %% ../nbs/13_simflow.ipynb #53d29013
 def ada_head(block:AdaBlock, like:Tensor, rows:int, c:Tensor): # -> a function (m rows, dim) -> (m rows, 2d)
     "`AdaBlock.head` on rows."
     (b, w), (shift, scale), eps = weights_of(block.proj_out, like), class_vectors(block.modulation, c), block.norm.eps
@@ -268,7 +271,7 @@ def make_vae(mean_only:bool=False,       # without the half that predicts the va
         if vae.quant_conv is not None: vae.quant_conv = nn.Conv2d(d, d, 1)
     return vae
 
-# %% ../nbs/13_simflow.ipynb #f27ed012
+# %% ../nbs/13_simflow.ipynb #ac41f554
 class SimFlow(nn.Module, Pretrained):
     "An encoder, a decoder, and a flow on the latents between them. SimFlow §4.1."
     def __init__(self, vae:dict,         # arguments of diffusers' AutoencoderKL
@@ -294,7 +297,9 @@ class SimFlow(nn.Module, Pretrained):
         elif tuple(e.shape) != (len(image), m): raise ValueError(f'e: shape {tuple(e.shape)} came; {self.posterior} draws ({len(image)}, {m}) numbers here')
         return self.posterior(out, self.norm, e.to(out))
 
-    def decode(self, x): return self.decoder(x)                                   # (b, d, u, v) -> (b, c, h, w)
+    def decode(self, x):                 # (b, d, u, v) -> (b, c, h, w)
+        if tuple(x.shape[1:]) != tuple(self.flow.image_shape): raise ValueError(f'x: shape {tuple(x.shape)} came; the latents of this model are (b, {", ".join(map(str, self.flow.image_shape))})')
+        return self.decoder(x)
     def forward(self, image): return self.decode(self.latent(image).x)
 
     @torch.no_grad()
@@ -310,7 +315,7 @@ class SimFlow(nn.Module, Pretrained):
         if not parts: return next(self.parameters()).new_empty(0, *(self.image_shape if decode else self.flow.image_shape))
         with torch.no_grad(): return torch.cat([self.decode(x) if decode else x for x in parts])
 
-# %% ../nbs/13_simflow.ipynb #e514ac37
+# %% ../nbs/13_simflow.ipynb #2d631eb8
 def chained(*modules) -> nn.Sequential: return nn.Sequential(*[m for m in modules if m is not None])
 
 def check_image(model:SimFlow, image:Tensor) -> None:
@@ -322,7 +327,7 @@ def check_image(model:SimFlow, image:Tensor) -> None:
     if tuple(image.shape[1:]) != (c, h, w): raise ValueError(f'image: shape {tuple(image.shape)} came; this model takes (b, {c}, {h}, {w})')
 
 def latent_samples(flow:TarFlow, n_or_y, guidance, gamma:float, generator, solver, batch_size): # yields (b, d, u, v)
-    "Inverted with guidance, then Eq. 6: x + gamma (grad log p(x|y) - grad log p(x))."
+    "Inverted with guidance, then SimFlow Eq. 6: x + gamma (grad log p(x|y) - grad log p(x))."
     _, y = labels_of(flow, n_or_y)
     if gamma and y is None: raise ValueError(f'n_or_y: {n_or_y!r} with gamma {gamma}; the step of Eq. 6 needs labels, one a sample')
     first = 0
@@ -372,13 +377,15 @@ class NormalNLL:
     name = 'normal'
     def __call__(self, s): return -normal_log_prob(s.latent.x).mean() / s.model.N
 
-# %% ../nbs/13_simflow.ipynb #7ad4f662
+# %% ../nbs/13_simflow.ipynb #c993a995
 class Joint(nn.Module):
     "An `Objective`: weighted terms of one forward pass, one backward pass through encoder, decoder and flow. SimFlow Eq. 4, 36."
     calls_forward = False                # of the model: its parts are run one by one, and so `fit(compile=True)` would do nothing
     def __init__(self, *terms):          # each a term or (weight, term), all weights 1 in the paper; Reconstruction() and FlowNLL() by default
         super().__init__()
         self.terms = [t if isinstance(t, tuple) else (1., t) for t in terms or (Reconstruction(), FlowNLL())]
+        for weight, t in self.terms:
+            if not callable(t) or not isinstance(weight, (int, float)) or not math.isfinite(weight): raise ValueError(f'terms: {weight!r}, {t!r}; a term, or (weight, term)')
         self.learned = nn.ModuleList([t for _, t in self.terms if isinstance(t, nn.Module)]) # projector, critic: `fit` trains them, too
 
     def forward(self, model:SimFlow, image:Tensor, y:Tensor, target=None) -> dict: # target: the numbers that `DrawNoise` drew
@@ -393,7 +400,7 @@ class Joint(nn.Module):
         spread = latent.mu.detach().flatten(1).var(0).mean().sqrt() if len(image) > 1 else latent.mu.new_zeros(())
         return {'loss': loss.detach(), **{k: v.detach() for k, v in found.items()}, 'spread': spread, 'sigma': latent.sigma}
 
-# %% ../nbs/13_simflow.ipynb #2e24abd9
+# %% ../nbs/13_simflow.ipynb #1a274854
 class Variant(NamedTuple):
     "A row of SimFlow's Tables 6 and 10: what the posterior is, and what is trained."
     posterior: object = Mean(Additive(.5))
@@ -404,7 +411,7 @@ class Variant(NamedTuple):
     before: object = None                # the posterior while they are trained alone, if another
 
 VARIANTS = {'fixed': Variant(),                                                            # Table 10, end to end; Table 6, additive
-            'fixed, no norm': Variant(norm=False),
+            'fixed, no norm': Variant(norm=False),                                         # Table 10 does not say which of the two it has
             'learned': Variant(Learned(), norm=False, entropy=1.),                         # Eq. 5
             'learned, no entropy': Variant(Learned(), norm=False),
             'noise': Variant(Learned(Additive(.5)), norm=False, entropy=1.),               # Table 10, end to end
@@ -417,8 +424,8 @@ VARIANTS = {'fixed': Variant(),                                                 
             'linear': Variant(Mean(Linear())), 'slerp': Variant(Mean(Slerp())),
             'vae, learned': Variant(Learned(), flow=False), 'vae, fixed': Variant(flow=False)} # reconstruction alone: Fig. 3
 
-# %% ../nbs/13_simflow.ipynb #368be9bb
-KL_WEIGHT = 1e-6                         # of the prior where a VAE is trained alone, as in LDM
+# %% ../nbs/13_simflow.ipynb #65370f6d
+KL_WEIGHT = 1e-6                         # of the prior where a VAE is trained alone
 
 def terms_of(v:Variant, p:int=1, weight:float=1.) -> list: # p of the reconstruction, and its weight
     "The terms of joint training, or of a VAE alone."
@@ -445,12 +452,13 @@ DIGITS = dict(data='digits', variant='fixed', steps=300, lr=4e-3, batch_size=64,
                        down_block_types=('DownEncoderBlock2D',) * 2, up_block_types=('UpDecoderBlock2D',) * 2, mid_block_add_attention=False, norm_num_groups=8),
               flow=dict(image_size=4, channels=64, patch_size=1, dim=64, blocks=2, layers=(1, 2), head_dim=16, classes=10))
 
-# %% ../nbs/13_simflow.ipynb #fea3b2bc
+# %% ../nbs/13_simflow.ipynb #71974c23
 def training(config:dict, data, seed:int=0, every:int=25): # see DIGITS; yields (logs, the model, averaged if `average`)
     "Train a variant jointly, or a part alone and then the rest; the first report is step 0."
     c, steps, v = config, config['steps'], config['variant']
-    if isinstance(v, str) and v not in VARIANTS: raise ValueError(f'variant: {v!r}; a Variant, or one of {", ".join(VARIANTS)}')
+    if isinstance(v, str) and v not in VARIANTS: raise ValueError(f'variant: {v!r}; a Variant, or one of {"; ".join(VARIANTS)}')
     v = VARIANTS[v] if isinstance(v, str) else v
+    if odd := set(v.frozen) - {'encoder', 'decoder'}: raise ValueError(f"frozen: {', '.join(sorted(odd))}; 'encoder', 'decoder', or both")
     torch.manual_seed(seed)
     model = SimFlow(c['vae'], c['flow'], v.before or v.posterior, v.norm)
     def stage(v, steps):
@@ -533,11 +541,11 @@ def simflow_collapse(seed, budget):
         out[name] = {**{k: [r[k] for r in runs] for k in runs[0]}, **judged_samples(x, y, reference)}
     return out
 
-# %% ../nbs/13_simflow.ipynb #7049c3b8
+# %% ../nbs/13_simflow.ipynb #78b974be
 class TwoStages:
     "A schedule for `fit`: constant, then half a cosine down to `floor`, 1e-4 -> 1e-6. SimFlow Table 9."
     def __init__(self, epochs:tuple=(80, 80), floor:float=.01):
-        if len(epochs) != 2 or not all(isinstance(k, (int, float)) and k >= 0 for k in epochs) or not sum(epochs): raise ValueError(f'epochs: {epochs!r}; two lengths, 0 or more, such as (80, 80)')
+        if not isinstance(epochs, (tuple, list)) or len(epochs) != 2 or not all(isinstance(k, (int, float)) and k >= 0 for k in epochs) or not sum(epochs): raise ValueError(f'epochs: {epochs!r}; two lengths, 0 or more, such as (80, 80)')
         self.epochs, self.floor = epochs, floor
     def __call__(self, step:int, steps:int, warmup:int=0) -> float: # 0, 1, ... steps - 1 -> share of the peak rate
         first = steps * self.epochs[0] / sum(self.epochs)
@@ -695,7 +703,7 @@ def high_frequency(x:Tensor, above:float=.25) -> float: # cycles a place; at mos
     u, v = (torch.fft.fftfreq(n, dtype=torch.float64, device=x.device) for n in x.shape[2:])
     return spectrum(x)[(u[:, None]**2 + v**2).sqrt() > above].sum().item()
 
-# %% ../nbs/13_simflow.ipynb #74d3b042
+# %% ../nbs/13_simflow.ipynb #319de1b0
 def total_variation(x:Tensor) -> float:
     "The mean absolute difference of neighbours, in standard deviations: 2 / sqrt(pi) for white noise. SimFlow Fig. 4c."
     check_latents(x)
@@ -706,6 +714,7 @@ def total_variation(x:Tensor) -> float:
 def autocorrelation(x:Tensor, lag:int=1) -> float:
     "Correlation of the token sequence with itself, shifted: 0 for white noise. SimFlow Fig. 4d."
     check_latents(x)
+    if isinstance(lag, bool) or not isinstance(lag, int) or not 1 <= lag < x.shape[2] * x.shape[3]: raise ValueError(f'lag: {lag!r}; 1 to {x.shape[2] * x.shape[3] - 1}, below the number of tokens')
     x = x.double().flatten(2)                                                    # (b, d, n), in raster order
     x = x - x.mean((0, 2), keepdim=True)
     return ((x[..., lag:] * x[..., :-lag]).mean() / x.square().mean().clamp(min=1e-300)).item()
@@ -714,7 +723,7 @@ def latent_statistics(x:Tensor) -> dict: # (b, d, u, v)
     "The four statistics of SimFlow's Fig. 4."
     return {'spectral entropy': spectral_entropy(x), 'high-frequency ratio': high_frequency(x), 'total variation': total_variation(x), 'autocorrelation': autocorrelation(x)}
 
-# %% ../nbs/13_simflow.ipynb #c5d40901
+# %% ../nbs/13_simflow.ipynb #0c19f3f3
 @torch.no_grad()
 def against_noise(model:SimFlow, image:Tensor, noises, seed:int) -> dict:
     "PSNR from mu + noise e, by the noise. SimFlow Fig. 3a."
@@ -730,6 +739,7 @@ def halfway(model:SimFlow, image:Tensor, y:Tensor, reference) -> dict:
     return {'fid': evaluate(x, reference, 'fid', 'digits')['fid'], 'sure': digit_classifier()(x).softmax(1).amax(1).mean().item(),
             'blend': psnr((image[pairs] + image[other[pairs]]) / 2, x)}
 
+# %% ../nbs/13_simflow.ipynb #88041620
 def judge_robust(results):
     "The verdicts on S6 and S7: VAEs trained alone, and the same variance alone and end to end."
     get = lambda name, *keys: [_at(r[name], keys) for r in results]
@@ -766,3 +776,60 @@ def simflow_robust(seed, budget):
         out[name] = {'psnr': against_noise(model, image, c['noises'], seed), 'halfway': halfway(model, image, y, reference), **spread_of(model, image),
                      'statistics': latent_statistics(mu), 'centred': latent_statistics(mu - mu.mean(0))}
     return out
+
+# %% ../nbs/13_simflow.ipynb #21d67ef4
+def elbo_errors(seed:int, d:int=3, D:int=5) -> tuple: # -> largest error of the three terms, of log p(i) = ELBO + KL
+    "The bound on a linear-Gaussian model: expectations by quadrature, which is exact there, against formulas. SimFlow Eq. 1, 7, 19."
+    import numpy as np
+    g, normal = torch.Generator().manual_seed(seed), torch.distributions.MultivariateNormal
+    r, eye = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64), lambda n: torch.eye(n, dtype=torch.float64)
+    m, L, W, b, s, mu, sigma, image = r(d), eye(d) + .3 * r(d, d).tril(), r(D, d), r(D), .7, r(d), .3 + r(d).abs(), r(D)
+    t, w = (torch.tensor(v) for v in np.polynomial.hermite_e.hermegauss(3))
+    x, weight = mu + sigma * torch.cartesian_prod(*[t] * d), torch.cartesian_prod(*[w / w.sum()] * d).prod(1)    # (3^d, d), (3^d,)
+    q, prior = normal(mu, torch.diag(sigma**2)), normal(m, L @ L.T)
+    terms = [weight @ normal_log_prob(image - x @ W.T - b, s**2), weight @ prior.log_prob(x), -weight @ normal_log_prob(x - mu, sigma**2)]
+    kl = torch.distributions.kl_divergence
+    true = [normal_log_prob((image - W @ mu - b)[None], s**2)[0] - .5 * (W**2 * sigma**2).sum() / s**2, -kl(q, prior) - q.entropy(), q.entropy()]
+    precision = torch.linalg.inv(L @ L.T) + W.T @ W / s**2
+    exact = normal(torch.linalg.solve(precision, torch.linalg.inv(L @ L.T) @ m + W.T @ (image - b) / s**2), precision_matrix=precision)
+    evidence = normal(W @ m + b, W @ L @ L.T @ W.T + s**2 * eye(D)).log_prob(image)
+    return max((a - b).abs().item() for a, b in zip(terms, true)), (evidence - sum(terms) - kl(q, exact)).abs().item()
+
+# %% ../nbs/13_simflow.ipynb #3f08c439
+def entropy_error(sigma:float, seed:int, N:int=64, draws:int=200_000) -> float: # nats a dimension; standard error (2 N draws)^-1/2
+    "Monte Carlo against the entropy that the library computes, whatever the means. SimFlow Eq. 34."
+    g = torch.Generator().manual_seed(seed)
+    mean = torch.randn(draws, N, generator=g)
+    x, entropy = Additive(sigma)(mean, torch.randn(draws, N, generator=g))
+    return abs(entropy[0].item() + normal_log_prob((x - mean).double(), sigma**2).mean().item() / N)
+
+def averaging_error(seed:int) -> float:
+    "The gradient of `Joint` against that of sums with beta = pixels / latent numbers, relative. SimFlow A.4."
+    torch.manual_seed(seed)
+    model = shake(SimFlow({**DIGITS['vae'], 'latent_channels': 8, 'block_out_channels': (8, 8)}, {**DIGITS['flow'], 'channels': 8, 'dim': 16, 'head_dim': 8}), .03).double()
+    image, y, e = torch.randn(3, 1, 8, 8).double(), torch.arange(3), torch.randn(3, 128).double()
+    Joint()(model, image, y, e)
+    used, x = [p for p in model.parameters() if p.grad is not None], model.latent(image, e).x
+    summed = torch.autograd.grad((model.decode(x) - image).square().sum() - 64 / 128 * model.flow.log_prob(x, y).sum(), used)
+    return max(((3 * 64 * p.grad - b).norm() / b.norm()).item() for p, b in zip(used, summed) if b.norm() > 1e-6)
+
+# %% ../nbs/13_simflow.ipynb #8fa9d914
+def judge_exact(results):
+    "The verdicts on the identities."
+    worst = lambda k: max(r[k] for r in results)
+    return {'S1': all_of(identity(worst('terms'), 1e-6, 'three terms of the bound'), identity(worst('bound'), 1e-6, 'log p(i) = ELBO + KL')),
+            'S2': identity(worst('entropy'), 1e-3, 'entropy constant, nats a dimension'), 'S3': identity(worst('averaging'), 1e-9, 'gradient of averages against sums, relative'),
+            'S12': identity(worst('sizes'), 0., 'sizes whose parameters are not those that Table 8 prints'), 'S18': identity(worst('stages'), 1e-9, 'learning rate at both ends of both stages, relative')}
+
+@experiment('simflow_exact', claims=('S1', 'S2', 'S3', 'S12', 'S18'), verdict=judge_exact, seeds={'smoke': 1, 'laptop': 3},
+            title='the identities of SimFlow: bound, entropy, averaging, parameters, schedule', config={k: {'sigmas': [.1, .5, 1.]} for k in ('smoke', 'laptop')})
+def simflow_exact(seed, budget):
+    "S1, S2, S3, S12, S18."
+    said = lambda n: f'{n / 1e6:.0f}M' if n < 1e9 else f'{n / 1e9:.1f}B'
+    def params(size):
+        with torch.device('meta'): return sum(p.numel() for p in AdaTarFlow(**flow_config(size)).parameters())
+    terms, bound = elbo_errors(seed)
+    rate, n = TwoStages(), 16_001
+    stages = max(abs(rate(0, n) - 1), abs(rate(n // 2, n) - 1), abs(rate(n - 1, n) - .01))
+    return {'terms': terms, 'bound': bound, 'entropy': max(entropy_error(s, seed) for s in EXPERIMENTS['simflow_exact'].config[budget]['sigmas']),
+            'averaging': averaging_error(seed), 'sizes': sum(said(params(s)) != s.printed for s in SIZES.values()), 'stages': stages}
