@@ -194,7 +194,7 @@ def draw_loss(history:list, path:Path, of:str='nats a dimension') -> None:
     ax = (fig := Figure(figsize=(5, 2.6), dpi=100, layout='constrained')).subplots()
     plot_curve(history, ax=ax); ax.set(title='training loss', ylabel=of); fig.savefig(path)
 
-# %% ../../nbs/16_demo.ipynb #08cec0d4
+# %% ../../nbs/16_demo.ipynb #b2987d63
 def ways(sigma:float) -> dict:
     "Three ways to draw. File: what is said of it, how it is drawn."
     star = dict(guidance=StarGuidance(1.))
@@ -248,7 +248,7 @@ def keep_simflow(model:SimFlow, a, report:dict, train, test, history, problem) -
         save_images(model.sample(y, generator=torch.Generator().manual_seed(a.seed), **how).cpu(), out/f'{name}.png', nrow=10)
         report[name] = judge_samples(model, train, a.seed, metrics=('fid',), **how)
     if problem: report['note'] = problem
-    draw_loss(history, out/'loss.png', 'absolute error + nats a dimension')
+    draw_loss(history, out/'loss.png', 'error + nats a number')
     model.save_pretrained(out/'checkpoint', card={**report, 'class_names': list(train.classes)})
     (out/'report.json').write_text(json.dumps(report, indent=2) + '\n')
 
