@@ -9,13 +9,12 @@ __all__ = ['VAES', 'DIGITS_VAE', 'LATENT', 'LATENTS', 'places', 'angles', 'turn'
            'cache_latents', 'replace_bytes', 'write_plan', 'read_plan', 'CachedLatents', 'LatentFlow', 'train_latent',
            'with_latent_card', 'train_latent_flow', 'judge_latent', 'latent_two_step']
 
-# %% ../nbs/12_latent.ipynb #4878d0f3
+# %% ../nbs/12_latent.ipynb #14e99b43
 import functools, hashlib, json, math, os
 from pathlib import Path
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
-from einops import rearrange
 from .data import ImageSet, batches, keyed, load
 from .denoise import denoise as remove_noise
 from .evidence import EXPERIMENTS, Verdict, all_of, experiment, lower
@@ -24,7 +23,7 @@ from .metrics import collect, evaluate, fingerprint, reconstruction
 from .noise import Shift
 from .repa import few_words, no_answer
 from .sampling import FAST, FastLayer, anatomy, samples
-from .tarflow import Attention, Layer, TarFlow, attention
+from .tarflow import Attention, Layer, TarFlow
 from .train import DropLabels, GaussianNoise, ema, fit, keyed_normal, mean_nll
 
 # %% ../nbs/12_latent.ipynb #f0e81c8d
@@ -56,7 +55,7 @@ def turned(x, cos, sin): # (..., m, e), (m, e/2) twice
     a, b = x.to(cos.dtype).chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
 
-# %% ../nbs/12_latent.ipynb #edef96f7
+# %% ../nbs/12_latent.ipynb #05dcfdec
 class RopeAttention(Attention):
     "Causal self-attention whose queries and keys are turned by their places. R-REPA §5; Su et al., 2021."
     def __init__(self, dim:int, head_dim:int=64, causal:bool=True,
@@ -66,16 +65,11 @@ class RopeAttention(Attention):
         self.theta = theta
         self.register_buffer('places', places, persistent=False)                # whole numbers: `.to(bfloat16)` leaves them alone
 
-    def forward(self, x:Tensor,           # (b, m, dim)
-                tau=1., past=None):       # past.start: the reading position of the first new token
-        q, k, v = rearrange(self.qkv(self.norm(x)), 'b m (s h e) -> s b h m e', s=3, e=self.head_dim)
-        start, mask = 0 if past is None else past.start, None
+    def heads(self, x, past):             # (b, m, dim) -> q, k, v; past.start: the reading position of the first new token
+        q, k, v = super().heads(x, past)
+        start = 0 if past is None else past.start
         angle = angles(self.places[start:start + x.shape[1]], self.head_dim, self.theta, torch.promote_types(q.dtype, torch.float32))
-        q, k = turn(q, angle), turn(k, angle)                                   # before the cache: a key is turned once
-        if past is not None: k, v, *rest = past(k, v); mask = rest[0] if rest else None
-        if isinstance(tau, Tensor): q, tau = q / tau, 1.
-        x = attention(q, k, v, mask, self.causal and past is None, 1 / (math.sqrt(self.head_dim) * tau))
-        return self.proj(rearrange(x, 'b h m e -> b m (h e)'))                  # (b, m, dim)
+        return turn(q, angle), turn(k, angle), v                                # before the cache: a key is turned once
 
 # %% ../nbs/12_latent.ipynb #1cc20eb6
 def swiglu_width(dim:int, expand:int=4, multiple:int=8) -> int:

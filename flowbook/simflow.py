@@ -315,7 +315,7 @@ class SimFlow(nn.Module, Pretrained):
         if not parts: return next(self.parameters()).new_empty(0, *(self.image_shape if decode else self.flow.image_shape))
         with torch.no_grad(): return torch.cat([self.decode(x) if decode else x for x in parts])
 
-# %% ../nbs/13_simflow.ipynb #2d631eb8
+# %% ../nbs/13_simflow.ipynb #1f31271e
 def chained(*modules) -> nn.Sequential: return nn.Sequential(*[m for m in modules if m is not None])
 
 def check_image(model:SimFlow, image:Tensor) -> None:
@@ -331,7 +331,7 @@ def latent_samples(flow:TarFlow, n_or_y, guidance, gamma:float, generator, solve
     _, y = labels_of(flow, n_or_y)
     if gamma and y is None: raise ValueError(f'n_or_y: {n_or_y!r} with gamma {gamma}; the step of Eq. 6 needs labels, one a sample')
     first = 0
-    for x in samples(flow, n_or_y, guidance, solver=solver, generator=generator, batch_size=batch_size, on_broken='keep'): # its bounds are those of images
+    for x in samples(flow, n_or_y, guidance, solver=solver, generator=generator, batch_size=batch_size, on_broken='keep'): # no card says how far these latents reach
         yield score_guidance(flow, x, y[first:first + len(x)], gamma) if gamma else x
         first += len(x)
 

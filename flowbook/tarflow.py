@@ -20,7 +20,7 @@ from .flows import ClassEmbedding, Flow, Pretrained, affine, check_y, load_stric
 # Axis legend of this module: b batch, n tokens, d numbers in a token, c h w image, h heads,
 # e width of a head, t block, l layer; `dim` is the width of the Transformer.
 
-# %% ../nbs/04_tarflow.ipynb #71711712
+# %% ../nbs/04_tarflow.ipynb #1436b960
 def attention(q:Tensor, k:Tensor, v:Tensor, mask, causal:bool, scale:float) -> Tensor: # (b, h, n, e)
     "Scaled dot-product attention, fused; under bf16 on a CPU in float32, whose backward pass is the faster one there."
     if q.device.type != 'cpu' or q.dtype != torch.bfloat16: return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
@@ -36,11 +36,13 @@ class Attention(nn.Module):
         self.head_dim, self.causal = head_dim, causal
         self.norm, self.qkv, self.proj = nn.LayerNorm(dim), nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
+    def heads(self, x, past):            # (b, n, dim) -> q, k, v, each (b, h, n, e)
+        return rearrange(self.qkv(self.norm(x)), 'b n (s h e) -> s b h n e', s=3, e=self.head_dim)
+
     def forward(self, x:Tensor,          # (b, n, dim)
                 tau=1.,                  # temperature of the attention, or one a row (b, 1, 1, 1)
                 past=None):              # (k, v) -> k, v of all positions so far, when x holds new ones (several: and a mask)
-        q, k, v = rearrange(self.qkv(self.norm(x)), 'b n (s h e) -> s b h n e', s=3, e=self.head_dim)
-        mask = None
+        (q, k, v), mask = self.heads(x, past), None
         if past is not None: k, v, *rest = past(k, v); mask = rest[0] if rest else None
         if isinstance(tau, Tensor): q, tau = q / tau, 1.                        # one temperature a row
         scale, causal = 1 / (math.sqrt(self.head_dim) * tau), self.causal and past is None
