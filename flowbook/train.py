@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['keyed_uniform', 'keyed_normal', 'GaussianNoise', 'Dequantize', 'DropLabels', 'NLL', 'recomputed', 'NonFiniteLoss',
-           'cosine', 'ema', 'fit', 'faster_in_bf16', 'adamw', 'Kept', 'Meter', 'mean_nll', 'to_bits', 'progress',
-           'plot_curve', 'live_curve']
+           'cosine', 'ema', 'fit', 'faster_in_bf16', 'adamw', 'Kept', 'Meter', 'Alone', 'mean_nll', 'to_bits',
+           'progress', 'plot_curve', 'live_curve']
 
 # %% ../nbs/02_train.ipynb #10be2564
 import itertools, math, sys, time
@@ -95,14 +95,15 @@ def recomputed(flow:nn.Module, x:Tensor, y=None) -> Tensor: # (b, ...) -> (b,) n
         logdet = logdet + ld
     return normal_log_prob(z, flow.prior_var) + logdet
 
-# %% ../nbs/02_train.ipynb #39f97a9d
+# %% ../nbs/02_train.ipynb #6b2bbaf5
 class NonFiniteLoss(RuntimeError):
     "The loss or its gradient stopped being a number; the flow holds its last good weights, those after `kept` steps."
-    def __init__(self, step:int, value:float, grad_norm:float, lr:float, kept:int):
+    def __init__(self, step:int, value:float, grad_norm:float, lr:float, kept:int|None): # None: no copy was kept
         self.step, self.value, self.grad_norm, self.kept = step, value, grad_norm, kept
+        now = (f'the flow is back at its weights after {kept} steps, the last on which a report found the loss good. '
+               if kept is not None else 'the weights are spoilt: go on from a checkpoint. ')
         super().__init__(
-            f'the loss of step {step} was {value} (gradient norm {grad_norm}, learning rate {lr:.2g}); '
-            f'the flow is back at its weights after {kept} steps, the last on which a report found the loss good. '
+            f'the loss of step {step} was {value} (gradient norm {grad_norm}, learning rate {lr:.2g}); {now}'
             'Try a lower learning rate, a longer warm-up, a smaller clip, or float32 instead of AMP; '
             'and look at the data of that step: a pixel that is NaN, or a noise so narrow that '
             'the density is nearly singular, does this too.')
@@ -125,7 +126,7 @@ def ema(flow:nn.Module, decay:float) -> torch.optim.swa_utils.AveragedModel:
         raise ValueError(f'decay: {decay}; it lies in 0..1, for instance 0.999, and below 1')
     return AveragedModel(flow, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
-# %% ../nbs/02_train.ipynb #35ee283f
+# %% ../nbs/02_train.ipynb #d624b34a
 def fit(flow:nn.Module,       # a Flow (or any module that the objective understands), trained in place
         data,                 # iterable of Batch, or of (x, y); `batches(...)` gives one; with a target, the objective sees it
         objective=None,       # callable (flow, x, y[, target]) -> logs that leaves gradients in .grad; NLL() by default
@@ -140,10 +141,11 @@ def fit(flow:nn.Module,       # a Flow (or any module that the objective underst
         compile:bool=False,   # torch.compile the flow's forward
         every:int=10,         # report every so many steps
         device=None,          # where to train; by default where the flow is
+        loop=None,            # how a step is taken: `Alone()` by default; chapter 15 has the one for many processes
        ):                     # yields {'step', 'loss', 'lr', 'grad_norm', 'seconds', ...}
     "Train `flow`, yield mean logs; NonFiniteLoss stops it with the last good weights in place."
     _check_fit(steps, every, lr, amp, warmup, clip, ema)
-    objective = NLL() if objective is None else objective
+    objective, loop = NLL() if objective is None else objective, Alone() if loop is None else loop
     device = torch.device(device) if device is not None else next(flow.parameters()).device
     flow.to(device).train()
     if compile and not getattr(objective, 'calls_forward', True): raise ValueError(f'compile: {type(objective).__name__} runs the flow part by part, so that compiling its forward would do nothing; leave compile out')
@@ -158,19 +160,21 @@ def fit(flow:nn.Module,       # a Flow (or any module that the objective underst
         amp = 'bf16' if faster_in_bf16(flow, x, y, objective, more=more) else 'off'
         it, chosen = itertools.chain([first], it), {'amp': amp}
     opt, autocast = adamw(params, lr, betas, weight_decay), _autocast(device, amp)
-    kept = Kept([*params, *(ema.module.parameters() if ema is not None else [])])
+    loop.begin(flow, objective, opt, ema)                   # a run that goes on puts back what it saved
+    kept = Kept([*params, *(ema.module.parameters() if ema is not None else [])] if loop.keeps else None, loop.done)
+    def run(batch):
+        x, y, *more = (v.to(device, non_blocking=True) for v in _sees(batch))
+        with autocast: return objective(flow, x, y, *more)
     meter, start = Meter(), time.perf_counter()
-    for step in range(1, steps + 1):
-        batch = _next_batch(it, step, steps)
+    for step in range(loop.done + 1, steps + 1):
+        asked, batch = loop.step(step), [_next_batch(it, step, steps) for _ in range(loop.accumulate)]
         for group in opt.param_groups: group['lr'] = lr * schedule(step - 1, steps, warmup)
         opt.zero_grad(set_to_none=True)
-        x, y, *more = (v.to(device, non_blocking=True) for v in _sees(batch))
-        with autocast: logs = objective(flow, x, y, *more)
-        norm = nn.utils.clip_grad_norm_(params, math.inf if clip is None else clip)
-        meter.add(step, {**logs, 'grad_norm': norm})
-        if report := step % every == 0 or step == steps:
+        logs = loop.gradients(run, batch, params)
+        meter.add(step, {**logs, 'grad_norm': loop.clip(params, math.inf if clip is None else clip)})
+        if report := asked or step % every == 0 or step == steps:
             now = opt.param_groups[0]['lr']
-            means = meter.read(now, kept)               # the one wait for the device; restores, then raises
+            means = meter.read(now, kept, loop.gather)  # the one wait for the device; restores, then raises
             kept.renew(step - 1)
         opt.step()
         if ema is not None: ema.update_parameters(flow)
@@ -229,7 +233,7 @@ def faster_in_bf16(flow:nn.Module, x:Tensor, y:Tensor, objective=None, rounds:in
         for p, g in zip(params, grads): p.grad = g
     return least['off'] > gain * least['bf16']
 
-# %% ../nbs/02_train.ipynb #6e55bea8
+# %% ../nbs/02_train.ipynb #2b5ee986
 def adamw(params:list, lr:float, betas:tuple, weight_decay:float) -> torch.optim.AdamW:
     "AdamW, in one fused kernel on CPU and CUDA."
     fused = all(p.device.type in ('cpu', 'cuda') for p in params)
@@ -237,19 +241,20 @@ def adamw(params:list, lr:float, betas:tuple, weight_decay:float) -> torch.optim
 
 class Kept:
     "A copy of parameters on which the loss was a number, and after how many steps they were it."
-    def __init__(self, params:list):
-        self.params, self.copy, self.step = params, [p.detach().clone() for p in params], 0
+    def __init__(self, params:list|None, step:int=0): # None: no copy, where checkpoints do its work
+        self.params, self.step = params or [], None if params is None else step
+        self.copy = [p.detach().clone() for p in self.params]
 
     @torch.no_grad()
     def renew(self, step:int):
         for c, p in zip(self.copy, self.params): c.copy_(p)
-        self.step = step
+        self.step = None if self.step is None else step
 
     @torch.no_grad()
     def restore(self):
         for c, p in zip(self.copy, self.params): p.copy_(c)
 
-# %% ../nbs/02_train.ipynb #0fd72a89
+# %% ../nbs/02_train.ipynb #2158623b
 class Meter:
     "Means of logs between two reports, kept on the device; remembers the first bad step."
     def __init__(self): self.sums, self.count, self.first = {}, 0, None
@@ -263,15 +268,28 @@ class Meter:
         fine = loss.isfinite() & norm.isfinite()
         self.first = torch.where(fine | (self.first[0] > 0), self.first, now)     # latched, and not read here
 
-    def read(self, lr, kept):
+    def read(self, lr, kept, gather=lambda v: v[None]):                   # (k,) -> (processes, k)
         sums = torch.stack(list(self.sums.values())).to(self.first)
-        *sums, step, loss, norm = torch.cat([sums, self.first]).tolist()  # one crossing for all
-        if step:
+        rows = gather(torch.cat([sums, self.first])).tolist()             # one crossing for all
+        if bad := [row[-3:] for row in rows if row[-3]]:                  # of any process: all of them stop
+            step, loss, norm = min(bad)
             kept.restore()
             raise NonFiniteLoss(int(step), loss, norm, lr, kept.step)
-        out = {k: s / self.count for k, s in zip(self.sums, sums)}
+        out = {k: sum(s) / len(rows) / self.count for k, s in zip(self.sums, zip(*rows))}
         self.sums, self.count = {}, 0
         return out
+
+# %% ../nbs/02_train.ipynb #473ebc59
+class Alone:
+    "How `fit` takes a step: one process, one batch. The seam on which training at scale stands (chapter 15)."
+    done = 0                             # steps behind a run that goes on
+    accumulate = 1                       # batches of the data in one step
+    keeps = True                         # a copy of the last good weights?
+    def begin(self, flow, objective, opt, ema): pass                      # before the first step
+    def step(self, k:int) -> bool: return False                           # step k begins: is a report wanted, beside those of `every`?
+    def gradients(self, run, batch:list, params:list) -> dict: return run(batch[0]) # run(batch) -> logs, gradients in .grad
+    def clip(self, params:list, most:float) -> Tensor: return nn.utils.clip_grad_norm_(params, most) # the norm before
+    def gather(self, v:Tensor) -> Tensor: return v[None]                  # (k,) -> (processes, k)
 
 # %% ../nbs/02_train.ipynb #ddaaf143
 @torch.no_grad()
