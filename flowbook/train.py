@@ -233,11 +233,12 @@ def faster_in_bf16(flow:nn.Module, x:Tensor, y:Tensor, objective=None, rounds:in
         for p, g in zip(params, grads): p.grad = g
     return least['off'] > gain * least['bf16']
 
-# %% ../nbs/02_train.ipynb #2b5ee986
+# %% ../nbs/02_train.ipynb #9416380b
 def adamw(params:list, lr:float, betas:tuple, weight_decay:float) -> torch.optim.AdamW:
     "AdamW, in one fused kernel on CPU and CUDA."
-    fused = all(p.device.type in ('cpu', 'cuda') for p in params)
-    return torch.optim.AdamW(params, lr, betas, weight_decay=weight_decay, fused=fused)
+    fused, kinds = all(p.device.type in ('cpu', 'cuda') for p in params), {}
+    for p in params: kinds.setdefault(type(p.detach()), []).append(p)         # sharded and whole tensors (chapter 15) do not go into one kernel
+    return torch.optim.AdamW([{'params': ps} for ps in kinds.values()], lr, betas, weight_decay=weight_decay, fused=fused)
 
 class Kept:
     "A copy of parameters on which the loss was a number, and after how many steps they were it."
