@@ -271,7 +271,7 @@ def make_vae(mean_only:bool=False,       # without the half that predicts the va
         if vae.quant_conv is not None: vae.quant_conv = nn.Conv2d(d, d, 1)
     return vae
 
-# %% ../nbs/13_simflow.ipynb #ac41f554
+# %% ../nbs/13_simflow.ipynb #9bb466fc
 class SimFlow(nn.Module, Pretrained):
     "An encoder, a decoder, and a flow on the latents between them. SimFlow §4.1."
     def __init__(self, vae:dict,         # arguments of diffusers' AutoencoderKL
@@ -292,7 +292,7 @@ class SimFlow(nn.Module, Pretrained):
 
     def latent(self, image:Tensor, e=None) -> Latent: # e (b, draws): standard normal; None: drawn here
         check_image(self, image)
-        out, m = self.encoder(image), self.posterior.draws(self.N)
+        out, m = self.encoder(image).to(image.dtype), self.posterior.draws(self.N)   # under bf16 autocast the likelihood of what follows stays float32
         if e is None: e = torch.randn(len(image), m, dtype=out.dtype).to(out.device)
         elif tuple(e.shape) != (len(image), m): raise ValueError(f'e: shape {tuple(e.shape)} came; {self.posterior} draws ({len(image)}, {m}) numbers here')
         return self.posterior(out, self.norm, e.to(out))

@@ -108,7 +108,7 @@ class NonFiniteLoss(RuntimeError):
             'and look at the data of that step: a pixel that is NaN, or a noise so narrow that '
             'the density is nearly singular, does this too.')
 
-# %% ../nbs/02_train.ipynb #5424c134
+# %% ../nbs/02_train.ipynb #c9941857
 def cosine(step:int,           # 0, 1, ... steps - 1
            steps:int,          # length of the run
            warmup:int=0,       # steps of linear warm-up
@@ -121,10 +121,11 @@ def cosine(step:int,           # 0, 1, ... steps - 1
 
 def ema(flow:nn.Module, decay:float) -> torch.optim.swa_utils.AveragedModel:
     "A moving average of the weights of `flow`, to hand to `fit`; `.module` is the averaged flow."
-    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+    from torch.optim.swa_utils import AveragedModel
     if not 0 <= decay < 1:
         raise ValueError(f'decay: {decay}; it lies in 0..1, for instance 0.999, and below 1')
-    return AveragedModel(flow, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    local = lambda tensors: [t.to_local() if hasattr(t, 'to_local') else t for t in tensors] # of what is sharded (chapter 15), this process's part
+    return AveragedModel(flow, multi_avg_fn=torch.no_grad()(lambda means, now, _: torch._foreach_lerp_(local(means), local(now), 1 - decay)))
 
 # %% ../nbs/02_train.ipynb #d624b34a
 def fit(flow:nn.Module,       # a Flow (or any module that the objective understands), trained in place

@@ -357,7 +357,7 @@ def test_mistakes_on_the_command_line_end_with_a_sentence_before_the_work(comman
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, 'argv', ['command', *command[1:]])
     (tmp_path/'nowhere.xyz').mkdir()
-    monkeypatch.setattr(module, 'collect' if command[0] == 'fid_stats' else 'invert', lambda *a, **k: pytest.fail('the work began'))
+    monkeypatch.setattr(module, 'collect' if command[0] == 'fid_stats' else 'draw', lambda *a, **k: pytest.fail('the work began'))
     with pytest.raises(SystemExit) as e: module.cli()
     assert says in str(e.value) and '\n' not in str(e.value)
 

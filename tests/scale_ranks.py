@@ -1,0 +1,172 @@
+"""What tests/test_scale.py runs in several processes."""
+import torch
+from torch import nn
+
+from flowbook import repa
+from flowbook import simflow as sf
+from flowbook.data import Flip, batches, load
+from flowbook.flows import shake
+from flowbook.latent import LatentTarFlow, VaeLoss
+from flowbook.metrics import CrossEntropy, DigitClassifier
+from flowbook.scale import Parallel, Stop, is_sharded, join, leave, same_start, shard
+from flowbook.tarflow import TarFlow
+from flowbook.train import NLL, DropLabels, GaussianNoise, ema, fit
+
+PAIRS = [(2, 1), (3, 2)]
+
+
+class To:
+    "The last transform: a batch in another precision."
+    def __init__(self, dtype): self.dtype = dtype
+    def __call__(self, b): return b._replace(x=b.x.to(self.dtype), target=b.target if b.target is None else b.target.to(self.dtype))
+
+
+def aligned(strategy):
+    def make():
+        flow, table = TarFlow(8, 1, 2, 16, 3, 2, 8, classes=10), torch.randn(1437, 16, 5, generator=torch.Generator().manual_seed(3))
+        return flow, repa.Alignment(flow, strategy, 5, hidden=16), [repa.Lookup(table)]
+    return make
+
+
+def joint(*terms, gan=False, aligned=False):
+    def make():
+        model = sf.SimFlow({**sf.DIGITS['vae'], 'latent_channels': 8, 'block_out_channels': (8, 8)}, {**sf.DIGITS['flow'], 'channels': 8, 'dim': 16, 'head_dim': 8})
+        more = [(.1, sf.Adversarial(sf.PatchCritic(1, 8, 1), start=2))] if gan else []
+        return model, sf.Joint(*terms, *more), [sf.DrawNoise(model.posterior.draws(model.N))]
+    return make
+
+
+def plain(flow, objective): return lambda: (flow(), objective(), [])
+
+
+KINDS = {'nll': plain(lambda: TarFlow(8, 1, 2, 16, 3, 2, 8, classes=10), NLL),
+         'nll, recomputed': plain(lambda: TarFlow(8, 1, 2, 16, 3, 2, 8, classes=10), lambda: NLL(checkpoint=True)),
+         'latent flow': plain(lambda: LatentTarFlow(8, 1, 2, 16, 2, 2, 8, classes=10), NLL),
+         'forward': aligned(repa.Forward(PAIRS)), 'detach': aligned(repa.Detach(PAIRS)), 'reverse': aligned(repa.Reverse(PAIRS)),
+         'reverse, rerun': aligned(repa.Reverse(PAIRS, rerun=True)), 'sequential': aligned(repa.ReverseSequential([(3, 1)])),
+         'simflow': joint(sf.Reconstruction(1), sf.FlowNLL()), 'simflow, critic': joint(sf.Reconstruction(1), sf.FlowNLL(), gan=True),
+         'classifier': plain(DigitClassifier, CrossEntropy)}
+SHARDED = ['nll', 'forward', 'detach', 'reverse', 'reverse, rerun', 'simflow', 'simflow, critic']
+
+
+def whole(p): return (p.full_tensor() if is_sharded(p) else p).detach().clone()
+
+
+def micro(stream, k):
+    "Every batch in k parts."
+    part = lambda v, i: v[i::k] if isinstance(v, torch.Tensor) else v
+    for b in stream:
+        for i in range(k): yield type(b)(*(part(v, i) for v in b))
+
+
+def train(kind, dtype, part=(0, 1), world=None, fsdp=False, accumulate=1, steps=20, change=()):
+    "Train one kind of objective; -> losses, gradient norms, all parameters (those of the average, too)."
+    torch.manual_seed(0)
+    model, objective, transforms = KINDS[kind]()
+    shake(model, .05)
+    modules = [m.to(dtype) for m in (model, objective) if isinstance(m, nn.Module)]
+    average, loop = ema(model, .9), None
+    for f in change: f(model)
+    if world is not None:
+        same_start(*modules, average)
+        if fsdp: shard(model, world, [objective.projector] if hasattr(objective, 'projector') else []); shard(average.module, world)
+        loop = Parallel(world, accumulate, stop=Stop(world))
+    stream = batches(load('digits'), 32, transforms=[Flip(.3), *transforms, GaussianNoise(.2), DropLabels(.2), To(dtype)], part=part)
+    if kind == 'classifier': stream = batches(load('digits'), 32, transforms=[To(dtype)], part=part)
+    logs = list(fit(model, micro(stream, accumulate) if accumulate > 1 else stream, objective, steps=steps, lr=1e-3, ema=average, every=1, amp='off', loop=loop))
+    if loop: loop.stop.close()
+    return [l['loss'] for l in logs], [l['grad_norm'] for l in logs], [whole(p) for m in (*modules, average.module) for p in m.parameters()]
+
+
+def compare(rank, n, cases):
+    "Each case (kind, dtype, fsdp, accumulate, what one process found) -> largest differences of losses, gradient norms, parameters; and the parameters' bytes."
+    world, out = join('cpu', sharded=True), []
+    for kind, dtype, fsdp, accumulate, (losses, norms, params) in cases:
+        l, g, p = train(kind, dtype, (rank, n), world, fsdp, accumulate)
+        gap = lambda a, b: max(abs(x - y) / max(1, abs(x)) for x, y in zip(a, b))
+        out.append((gap(losses, l), gap(norms, g), max((a - b).abs().max().item() for a, b in zip(params, p))))
+    leave()
+    return out
+
+
+def same(rank, n, kinds):
+    "Sums of all parameters after three steps, one for each kind: the ranks are to agree to the last bit."
+    world, out = join('cpu'), {}
+    for kind in kinds: out[kind] = [p.double().sum().item() for p in train(kind, torch.float32, (rank, n), world, steps=3)[2]]
+    leave()
+    return out
+
+
+def seen(how):
+    "A console that sends this process a signal when a line says so."
+    import os
+    import signal
+    return lambda line: os.kill(os.getpid(), signal.SIGUSR1) if how in line else None
+
+
+def through(rank, n, names, folder):
+    "Every twin: trained, stopped, gone on with, drawn from, judged; -> {name: FID of a few samples}."
+    import traceback
+    from pathlib import Path
+
+    from flowbook.configs import find_config, override
+    from flowbook.metrics import evaluate
+    from flowbook.monitor import read_log
+    from flowbook.recipe import shortened
+    from flowbook.scale import train as train_at_scale
+    from flowbook.scripts.sample import Way, open_model
+    found, world, reference = {}, join('cpu', sharded=True), load('digits').batch(range(200))[0]
+    for name in names:
+        out = Path(folder)/name
+        try:
+            c = shortened(override(find_config(name), ['optim.batch_size=16', 'system.workers=0', f'data.latents={folder}/latents' if find_config(name).data.vae else f'seed={find_config(name).seed}']), 6)
+            first = train_at_scale(c, out, device='cpu', every=1, save_every=100, console=seen('step 3 of'), tensorboard=False)
+            assert first.state == 'stopped' and first.step in (3, 4), first
+            done = train_at_scale(c, out, device='cpu', every=1, save_every=100, sample_every=100, console=None)
+            assert done.state == 'done' and done.step >= 6, done
+            if rank == 0:
+                assert [l['step'] for l in read_log(out)] == list(range(1, done.step + 1))
+            opened = open_model(done.model)
+            way = Way(**{k: v for k, v in opened.card['sample'].items() if k != 'n'})
+            index = torch.arange(6)[rank::n]
+            x = opened.draw(index, index % opened.classes if opened.classes else None, way, sigma=c.noise.sigma).images
+            assert x.shape[1:] == (c.data.channels, c.data.image_size, c.data.image_size), x.shape
+            found[name] = evaluate(x.nan_to_num(0.).clamp(-1, 1), reference, 'fid', 'digits')['fid']
+            assert found[name] > 0
+        except Exception: raise AssertionError(f'{name}: {traceback.format_exc()[-2500:]}') from None
+    leave()
+    return found
+
+
+def pieces(rank, n, folder, until, fsdp, joined):
+    "Go on with a float64 run in this many processes until step `until`, and save; -> all parameters, by name."
+    from flowbook.checkpoint import Run, load, pack, save
+    from flowbook.loader import loader
+    world = join('cpu', sharded=True) if joined else join('cpu')
+    torch.manual_seed(0)
+    model, objective, transforms = KINDS['reverse']()
+    shake(model, .05)
+    average = ema(model, .9)
+    for m in (model, objective, average): m.to(torch.float64)
+    if fsdp: shard(model, world, [objective.projector]); shard(average.module, world)
+    with Run(folder) as run:
+        at = run.steps()[-1] if run.steps() else 0
+        kept = {}
+        def restore(*parts):
+            kept['parts'] = parts
+            if at: load(run, lambda names: pack(*parts, names))
+        loop = Parallel(world, 1, done=at, restore=restore)
+        stream = loader(torch_some(), 16, 0, [Flip(.3), *transforms, GaussianNoise(.2), DropLabels(.2), To(torch.float64)], at, (world.rank, world.size))
+        for _ in fit(model, stream, objective, steps=until[-1], lr=1e-3, ema=average, every=until[-1], amp='off', loop=loop, schedule=lambda *a: 1.): pass
+        save(run, until[-1], pack(*kept['parts']), {})
+        out = {k: whole(p) for k, p in (*model.named_parameters(), *((f'projector.{k}', p) for k, p in objective.projector.named_parameters()), *((f'mean.{k}', p) for k, p in average.module.named_parameters()))}
+        stream.close()
+    del model, objective, average, loop, kept, stream
+    if joined: leave()
+    return out
+
+
+def torch_some(n=40):
+    from flowbook.data import InMemory
+    d = load('digits')
+    return InMemory(d.images[:n], d.labels[:n], d.classes, d.levels, 'digits, some')

@@ -1,0 +1,414 @@
+"""Many processes compute what one computes; a run that was stopped goes on as if it had not been."""
+import copy
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import in_ranks
+from scale_ranks import KINDS, SHARDED, compare, same, through, train as train_kind
+from torch import nn
+
+from flowbook import repa, scale
+from flowbook.checkpoint import Run, problems
+from flowbook.configs import CONFIGS, find_config, override
+from flowbook.data import InMemory, batches, load
+from flowbook.flows import shake
+from flowbook.scale import Parallel, Stop, World, buckets, compiling, in_buckets, layers_of, leaves, recomputing, train, units
+from flowbook.tarflow import TarFlow
+from flowbook.train import NLL, NonFiniteLoss, fit
+
+
+def small(seed=0):
+    torch.manual_seed(seed)
+    return shake(TarFlow(8, 1, 2, 16, 2, 2, 8, classes=10), .05)
+
+
+def tensors(folder, step):
+    from safetensors.torch import load_file
+    return {k: v for p in sorted((Path(folder)/'checkpoints'/f'step-{step:08d}').glob('*.safetensors')) for k, v in load_file(p).items()}
+
+
+def equal(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# one process
+
+def test_alone_parallel_is_the_plain_loop_to_the_last_bit():
+    flows = [small(), small()]
+    logs = [list(fit(f, batches(load('digits'), 32), steps=6, every=2, loop=loop)) for f, loop in zip(flows, (None, Parallel(World())))]
+    assert all(torch.equal(p, q) for p, q in zip(*(f.parameters() for f in flows)))
+    assert [[l[k] for k in ('step', 'loss', 'grad_norm', 'lr')] for l in logs[0]] == [[l[k] for k in ('step', 'loss', 'grad_norm', 'lr')] for l in logs[1]]
+
+
+@pytest.mark.parametrize('kind', ['nll', 'reverse', 'simflow'])
+def test_micro_batches_add_up_to_the_batch(kind):
+    (l1, g1, p1), (l2, g2, p2) = (train_kind(kind, torch.float64, world=World(), accumulate=k, steps=4) for k in (1, 4))
+    assert max(abs(a - b) for a, b in zip(l1, l2)) < 1e-6 and max((a - b).abs().max() for a, b in zip(p1, p2)) < 1e-10
+
+
+def test_clipping_is_pytorchs():
+    for most in (1e-3, 1., 1e3):
+        grads = [torch.randn(5, 3), torch.randn(7)]
+        a, b = ([nn.Parameter(torch.zeros_like(g)) for g in grads] + [nn.Parameter(torch.zeros(2))] for _ in range(2))
+        for p, q, g in zip(a, b, grads): p.grad, q.grad = g.clone(), g.clone()
+        assert torch.equal(Parallel(World()).clip(a, most), nn.utils.clip_grad_norm_(b, most))
+        assert all(torch.equal(p.grad, q.grad) for p, q in zip(a[:2], b[:2])) and a[2].grad is None
+
+
+def test_buckets_hold_everything_once_and_are_bounded():
+    some = [torch.arange(float(k)) for k in (3, 0, 50, 4, 4, 9)] + [torch.ones(2, 2, dtype=torch.float64)]
+    found = list(buckets(some, 10))
+    assert sorted(id(t) for b in found for t in b) == sorted(map(id, some))
+    assert all(len(b) == 1 or sum(t.numel() for t in b) <= 10 for b in found) and all(len({t.dtype for t in b}) == 1 for b in found)
+    before = [t.clone() for t in some]
+    in_buckets(some, lambda flat: flat.add_(1))
+    assert all(torch.equal(a, b + 1) for a, b in zip(some, before))
+
+
+@pytest.mark.parametrize('change', [(recomputing,), (recomputing, recomputing)])
+@pytest.mark.parametrize('kind', ['nll', 'forward', 'detach', 'reverse', 'simflow'])
+def test_recomputing_changes_nothing_but_memory(kind, change):
+    found = [train_kind(kind, torch.float64, steps=2, change=[lambda m: [f(l) for l in layers_of(m) for f in c]]) for c in ((), change)]
+    assert found[0][0] == found[1][0] and all(torch.equal(a, b) for a, b in zip(found[0][2], found[1][2]))
+
+
+def test_a_copy_of_a_recomputing_layer_runs_on_its_own_weights():
+    flow, b = small(), next(batches(load('digits'), 4))
+    for layer in layers_of(flow): recomputing(layer)
+    other = copy.deepcopy(flow)
+    with torch.no_grad():
+        for p in other.parameters(): p.mul_(1.1)
+    assert not torch.equal(flow.log_prob(b.x, b.y), other.log_prob(b.x, b.y))
+    assert len({type(l) for l in layers_of(flow)}) == 1 and list(flow.state_dict()) == list(small().state_dict())
+
+
+def test_recomputing_keeps_less():
+    from flowbook.scripts.bench import peak_memory
+    torch.manual_seed(0)
+    def peak(change):
+        flow, x = TarFlow(8, 3, 1, 32, 2, 4, 16), torch.randn(8, 3, 8, 8)
+        for layer in layers_of(flow): change(layer)
+        NLL()(flow, x, None)
+        return peak_memory(lambda: NLL()(flow, x, None), 'cpu')
+    assert peak(recomputing) < .5 * peak(lambda layer: None)
+
+
+def test_units_hold_every_parameter_once():
+    for model in (small(), KINDS['simflow']()[0]):
+        found, seen = units(model), set()
+        for m in found:
+            own = {id(p) for p in m.parameters()} - seen
+            assert own, f'{type(m).__name__} has nothing of its own'
+            seen |= own
+        assert seen == {id(p) for p in model.parameters()}
+
+
+def test_a_signal_is_told_once_closed_it_is_as_before():
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1)}
+    stop = Stop(World())
+    assert not stop.told()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.told() and stop.seen == 'SIGTERM'
+    stop.close()
+    assert {s: signal.getsignal(s) for s in before} == before
+
+
+def test_join_names_what_is_wrong(monkeypatch):
+    with pytest.raises(ValueError, match='device.*tpu'): scale.join('tpu')
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match='wants a GPU of its own, and there are 0'): scale.join('cuda')
+    assert scale.join('cpu') == World()
+
+
+def test_leaves_are_keys_of_overrides():
+    assert leaves({'a': {'b': 1, 'c': {'d': [2]}}, 'e': None}) == {'a.b': 1, 'a.c.d': [2], 'e': None}
+
+
+# whole runs in one process
+
+def few(n=40):
+    x, y = load('digits').batch(range(n))
+    digits = load('digits')
+    return InMemory(digits.images[:n], digits.labels[:n], digits.classes, digits.levels, 'digits, some')
+
+
+def tiny(*more, steps=8, name='digits-rrepa-64'):
+    return override(find_config(name), [f'optim.steps={steps}', 'optim.batch_size=16', 'system.workers=0', 'flow.blocks=2', 'flow.layers=1', 'align.blocks=1,2', 'align.layer=1', 'data.samples=40', *more])
+
+
+def quick(c, out, **kw): return train(c, out, **{**dict(every=1, save_every=1, keep=100, device='cpu', console=None, data=few(), tensorboard=False), **kw})
+
+
+@pytest.mark.parametrize('workers', [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_going_on_is_bitwise_at_every_step(tmp_path, workers):
+    "40 samples, batches of 16: steps 3 and 5 and 8 straddle or end epochs. Average, optimiser, schedule, noise, flips and dropped labels are all in what is compared."
+    c = tiny(f'system.workers={workers}', 'optim.ema=0.9')
+    quick(c, tmp_path/'whole')
+    want = tensors(tmp_path/'whole', 8)
+    assert {k.split('.')[0] for k in want} == {'flow', 'objective', 'ema', 'opt'}
+    for k in range(1, 8):
+        (to := tmp_path/f'from-{k}').mkdir()
+        shutil.copytree(tmp_path/'whole'/'checkpoints'/f'step-{k:08d}', to/'checkpoints'/f'step-{k:08d}')
+        assert quick(c, to, save_every=100) == scale.Outcome('done', 8, to/'model')
+        assert equal(tensors(to, 8), want), f'from step {k}'
+    lines = {l['step']: l for l in map(json.loads, (tmp_path/'whole'/'log.jsonl').read_text().splitlines()) if 'loss' in l}
+    again = {l['step']: l for l in map(json.loads, (tmp_path/'from-3'/'log.jsonl').read_text().splitlines()) if 'loss' in l}
+    assert sorted(again) == [4, 5, 6, 7, 8] and all(again[k][w] == lines[k][w] for k in again for w in ('loss', 'grad_norm', 'lr', 'align'))
+
+
+def test_a_run_that_is_done_stays_as_it_is(tmp_path):
+    c = tiny(steps=3)
+    quick(c, tmp_path/'a')
+    before = tensors(tmp_path/'a', 3)
+    shutil.rmtree(tmp_path/'a'/'model')
+    assert quick(c, tmp_path/'a').state == 'done' and equal(before, tensors(tmp_path/'a', 3)) and (tmp_path/'a'/'model'/'model.safetensors').exists()
+
+
+def test_told_to_stop_it_saves_at_that_step_and_goes_on(tmp_path):
+    c = tiny()
+    quick(c, tmp_path/'whole', save_every=100)
+    told = quick(c, tmp_path/'a', save_every=100, console=lambda line: os.kill(os.getpid(), signal.SIGTERM) if 'step 3 of' in line else None)
+    assert told.state == 'stopped' and told.step == 4 and Run(tmp_path/'a', write=False).steps() == [4]
+    assert quick(c, tmp_path/'a', save_every=100).state == 'done' and equal(tensors(tmp_path/'a', 8), tensors(tmp_path/'whole', 8))
+
+
+def test_stages_go_on_from_within_and_between(tmp_path):
+    "SimFlow with a frozen VAE: two stages."
+    name = next(n for n, c in CONFIGS.items() if c.joint and c.joint.before and 'encoder' in scale.build.__globals__['variant_of'](c).frozen)
+    from flowbook.recipe import shortened
+    c = shortened(override(find_config(f'digits-{name}'), ['optim.batch_size=16', 'system.workers=0']), 4)
+    quick(c, tmp_path/'whole', data=load('digits'))
+    last = max(Run(tmp_path/'whole', write=False).steps())
+    for k in range(1, last):
+        (to := tmp_path/f'from-{k}').mkdir()
+        shutil.copytree(tmp_path/'whole'/'checkpoints'/f'step-{k:08d}', to/'checkpoints'/f'step-{k:08d}')
+        assert quick(c, to, save_every=100, data=load('digits')).step == last
+        assert equal(tensors(to, last), tensors(tmp_path/'whole', last)), f'from step {k} of {last}'
+
+
+def test_a_run_goes_on_as_what_it_was_only(tmp_path):
+    c = tiny(steps=2)
+    quick(c, tmp_path)
+    for key, value in (('optim.lr', 1e-2), ('flow.dim', 48), ('optim.batch_size', 8), ('align.lam', .3), ('noise.sigma', .3), ('seed', 1)):
+        with pytest.raises(ValueError, match=key): quick(override(c, [f'{key}={value}']), tmp_path)
+    with pytest.raises(ValueError, match='data.samples'): quick(override(c, ['data.samples=39']), tmp_path, data=few(39))
+    other = few(); other.classes = tuple('abcdefghij')
+    with pytest.raises(ValueError, match='begun with 40 samples of 10 classes.*other ones'): quick(c, tmp_path, data=other)
+    with pytest.raises(ValueError, match='holds a run of 2 steps'): quick(c, tmp_path, resume=False)
+    assert quick(override(c, ['system.workers=1', 'sample.w=3', 'system.checkpoint=true']), tmp_path).state == 'done'   # how it runs may change
+
+
+def test_mistakes_are_said_before_anything_is_made(tmp_path, monkeypatch):
+    c = tiny(steps=2)
+    for wrong in (dict(every=0), dict(save_every=0), dict(keep=1), dict(sample_every=-1), dict(fid_every=.5)):
+        with pytest.raises(ValueError, match=next(iter(wrong))): quick(c, tmp_path/'a', **wrong)
+    monkeypatch.setattr(scale, 'join', lambda *a: World(0, 2))
+    with pytest.raises(ValueError, match='2 processes and 5 micro-batches; take a multiple of 10'): quick(override(c, ['optim.batch_size=15', 'system.accumulate=5']), tmp_path/'a')
+    assert not (tmp_path/'a').exists()
+
+
+def test_a_loss_that_is_no_number_names_the_step_and_the_checkpoint(tmp_path, monkeypatch):
+    real = scale.build
+    def poisoned(*a, **k):
+        recipe = real(*a, **k)
+        bad = lambda b: b._replace(x=b.x * float('nan')) if bool((b.index == 7).any()) and b.epoch == 1 else b
+        return recipe._replace(stages=tuple(s._replace(transforms=(*s.transforms, bad)) for s in recipe.stages))
+    monkeypatch.setattr(scale, 'build', poisoned)
+    with pytest.raises(NonFiniteLoss, match=r'loss of step \d+ was nan.*newest checkpoint in .* is of step'): quick(tiny(), tmp_path)
+    steps = Run(tmp_path, write=False).steps()
+    assert steps and all(v.isfinite().all() for v in tensors(tmp_path, steps[-1]).values()) and not problems(tmp_path/'checkpoints'/f'step-{steps[-1]:08d}')
+
+
+def test_fid_and_pictures_at_intervals(tmp_path):
+    c = tiny(steps=4)
+    done = quick(c, tmp_path, sample_every=2, fid_every=4, fid_n=20)
+    lines = [json.loads(l) for l in (tmp_path/'log.jsonl').read_text().splitlines()]
+    assert sorted(p.name for p in (tmp_path/'samples').iterdir()) == ['step-00000002.png', 'step-00000004.png']
+    assert [l['step'] for l in lines if 'fid' in l] == [4] and all('images_per_s' in l for l in lines if 'loss' in l)
+    assert {'block 1', 'block 2'} <= set(next(l for l in lines if 'norms' in l)['norms'])
+    from flowbook.scripts.sample import open_model
+    assert open_model(done.model).card['steps'] == 4
+
+
+def test_the_weights_that_are_kept_are_the_averages(tmp_path):
+    c = tiny('optim.ema=0.5', steps=3)
+    done, saved = quick(c, tmp_path), tensors(tmp_path, 3)
+    kept = TarFlow.from_pretrained(done.model).state_dict()
+    assert all(torch.equal(v, saved[f'ema.module.{k}']) for k, v in kept.items()) and not all(torch.equal(v, saved[f'flow.{k}']) for k, v in kept.items())
+
+
+# many processes
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_twice_the_batch():
+    cases = [(k, torch.float64, fsdp, acc) for k in KINDS for fsdp in (False, True) for acc in (1, 2) if (k in SHARDED or not fsdp) and not (acc == 2 and 'critic' in k)]
+    cases += [(k, torch.float32, fsdp, 1) for k in ('nll', 'reverse', 'simflow') for fsdp in (False, True)]
+    alone = {key: train_kind(*key) for key in {c[:2] for c in cases}}
+    found = in_ranks(compare, 2, [(*c, alone[c[:2]]) for c in cases])
+    for case, (loss, norm, params) in zip(cases, found[0]):
+        assert loss < 1e-6 and norm < 1e-6, f'{case}: loss {loss}, gradient {norm}'
+        assert params < (1e-10 if case[1] == torch.float64 else 5e-3), f'{case}: parameters {params}'   # AdamW divides by the gradient's size: 20 steps of 1e-3 could move 2e-2
+
+
+@pytest.mark.slow
+def test_ranks_hold_the_same_bits_after_every_objective():
+    a, b = in_ranks(same, 2, list(KINDS))
+    assert a == b and len(a) == len(KINDS)
+
+
+def torchrun(n, *args, torchrun=(), env=None, **kw):
+    "A process group of `torchrun`, not waited for."
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', str(n), '--rdzv-backend', 'c10d', '--rdzv-endpoint', 'localhost:0', *torchrun, *args]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1', **(env or {})}, **kw)
+
+
+RUN = '''
+import os, sys, warnings
+import torch
+warnings.simplefilter('ignore'); torch.set_num_threads(1)
+sys.path.insert(0, os.environ['TESTS'])
+import test_scale as t
+from flowbook.scale import train
+def console(line):
+    open(os.environ['SEEN'], 'a').write(' '.join(line.split()[:3]) + chr(10))
+    if os.environ.get('SLOW'): import time; time.sleep(float(os.environ['SLOW']))
+if os.environ.get('DIE') and os.environ['RANK'] == '1' and os.environ.get('TORCHELASTIC_RESTART_COUNT') == '0':
+    import flowbook.scale as scale
+    real = scale.Parallel.step
+    def step(self, k):
+        if k == int(os.environ['DIE']): os.kill(os.getpid(), 9)
+        return real(self, k)
+    scale.Parallel.step = step
+out = train(t.tiny(steps=int(os.environ['STEPS'])), sys.argv[1], every=1, save_every=2, keep=3, device='cpu', console=console, data=t.few(), tensorboard=False)
+sys.exit(75 if out.state == 'stopped' else 0)
+'''
+
+
+@pytest.fixture
+def script(tmp_path):
+    (tmp_path/'run.py').write_text(RUN)
+    started = []
+    def start(out, n=2, steps=8, options=(), **env):
+        env = {'TESTS': str(Path(__file__).parent), 'SEEN': str(tmp_path/'seen'), 'STEPS': str(steps), **env}
+        started.append(torchrun(n, str(tmp_path/'run.py'), str(out), torchrun=options, env=env) if n else
+                       subprocess.Popen([sys.executable, str(tmp_path/'run.py'), str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1', **env}))
+        return started[-1]
+    start.seen = tmp_path/'seen'
+    yield start
+    for p in started:                                         # a test that failed leaves nothing running, either
+        left = children(p.pid)
+        if p.poll() is None: p.kill()
+        for c in left:
+            try: os.kill(c, signal.SIGKILL)
+            except ProcessLookupError: pass
+
+
+def finished(p, seconds=120):
+    text, _ = p.communicate(timeout=seconds)
+    return p.returncode, text
+
+
+def wait_for(script, what, seconds=90):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if script.seen.exists() and what in script.seen.read_text(): return
+        time.sleep(.05)
+    raise AssertionError(f'{what!r} was not seen')
+
+
+def children(pid): # of a process, and theirs
+    found = []
+    for task in Path(f'/proc/{pid}/task').glob('*/children'):
+        for c in map(int, task.read_text().split()): found += [c, *children(c)]
+    return found
+
+
+def gone(pids, seconds=40):
+    end = time.monotonic() + seconds
+    alive = lambda p: Path(f'/proc/{p}/stat').exists() and Path(f'/proc/{p}/stat').read_text().rsplit(')', 1)[1].split()[0] != 'Z'
+    while time.monotonic() < end:
+        if not any(alive(p) for p in pids): return True
+        time.sleep(.1)
+    return False
+
+
+@pytest.mark.slow
+def test_a_killed_worker_ends_the_job_and_a_restart_goes_on_to_the_same_bits(tmp_path, script):
+    assert finished(script(tmp_path/'whole'))[0] == 0
+    status, text = finished(script(tmp_path/'killed', options=('--max-restarts', '1'), DIE='6'))
+    assert status == 0, text
+    assert equal(tensors(tmp_path/'whole', 8), tensors(tmp_path/'killed', 8))
+    began = time.monotonic()
+    status, text = finished(script(tmp_path/'dead', DIE='4'))                     # without a restart: all end, and soon
+    assert status != 0 and 'SIGKILL' in text and time.monotonic() - began < 60
+    assert script(tmp_path/'dead', n=1).wait(120) == 0 and Run(tmp_path/'dead', write=False).steps()[-1] == 8   # and one process can finish it
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGUSR1'])
+def test_signals_to_the_launcher_save_and_leave(tmp_path, script, name):
+    p = script(tmp_path/'out', steps=4000, options=('--signals-to-handle', 'SIGTERM,SIGINT,SIGUSR1'), SLOW='0.02')
+    wait_for(script, 'step 3 of')
+    workers = children(p.pid)
+    p.send_signal(getattr(signal, name))
+    status, text = finished(p)
+    assert status != 0 and gone(workers), text
+    steps = Run(tmp_path/'out', write=False).steps()
+    assert steps and not problems(tmp_path/'out'/'checkpoints'/f'step-{steps[-1]:08d}')
+    log = [json.loads(l) for l in (tmp_path/'out'/'log.jsonl').read_text().splitlines()]
+    assert log[-1]['event'] == 'stopped' and log[-1]['step'] == steps[-1]
+
+
+@pytest.mark.slow
+def test_one_process_leaves_with_a_status_of_its_own(tmp_path, script):
+    p = script(tmp_path/'out', 0, 4000, SLOW='0.02')
+    wait_for(script, 'step 3 of')
+    p.send_signal(signal.SIGUSR1)
+    assert finished(p)[0] == 75
+
+
+@pytest.mark.slow
+def test_a_killed_launcher_leaves_nobody_behind(tmp_path, script):
+    p = script(tmp_path/'out', steps=100_000, SLOW='0.02')
+    wait_for(script, 'step 3 of')
+    workers = children(p.pid)
+    p.kill(); p.wait(10)
+    assert len(workers) >= 2 and gone(workers)
+    steps = Run(tmp_path/'out', write=False).steps()
+    assert steps and not problems(tmp_path/'out'/'checkpoints'/f'step-{steps[-1]:08d}')
+
+
+@pytest.mark.slow
+def test_one_checkpoint_goes_on_in_any_number_of_processes(tmp_path):
+    "2 -> 1 -> 4 processes, whole and sharded, in float64: what one process computes alone."
+    import scale_ranks
+    alone = scale_ranks.pieces(0, 1, str(tmp_path/'alone'), [12], False, False)
+    for fsdp in (False, True):
+        folder = str(tmp_path/f'many-{fsdp}')
+        for n, until in ((2, 4), (1, 8), (4, 12)): found = in_ranks(scale_ranks.pieces, n, folder, [until], fsdp, True)
+        for k, v in found[0].items(): assert (alone[k] - v).abs().max() < 1e-10, f'{k}, sharded {fsdp}'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('part', range(3))
+def test_every_twin_goes_the_whole_way(tmp_path, part):
+    "train -> stop -> resume -> sample -> evaluate, on two processes, with its own objective, data path and precision."
+    names = [f'digits-{n}' for n in CONFIGS][part::3]
+    found = in_ranks(through, 2, names, str(tmp_path))
+    assert set(found[0]) == set(names)
+
+
+@pytest.mark.slow
+def test_smoke_finds_two_processes_in_order():
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'flowbook.scale'], capture_output=True, text=True,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = dict(l.rsplit(None, 1) for l in done.stdout.strip().splitlines())
+    assert lines['processes'] == '2' and lines['sum'] == 'right' and all(float(v) < 1e-5 for k, v in lines.items() if 'against' in k)
