@@ -292,11 +292,12 @@ def setting_of(controls:dict) -> Setting:
     return Setting(**{**values, 'denoise': values['denoise'] and not controls['denoise'].disabled})
 
 # %% ../nbs/17_explore.ipynb #c2ee1ef5
-def panel(flows=None,                # a TarFlow, a dict of them, or an Explorer; None: those of the book
+def panel(flows=None,                # a TarFlow, its folder, a dict of flows, or an Explorer; None: those of the book
           start:Setting=None,        # where the controls stand at first
           n:int=16, sigma:float=None): # as `Explorer` takes them
     "The panel, an ipywidgets box; `controls`, `images`, `text` and `explorer` are its attributes."
     import ipywidgets as W
+    if not isinstance(flows, (type(None), TarFlow, dict, Explorer)): flows = TarFlow.from_pretrained(flows)
     explorer = flows if isinstance(flows, Explorer) else Explorer(book_flows() if flows is None else flows, n, sigma)
     if start is None: start = Setting(name := next(iter(explorer.flows)), denoise=explorer.sigmas[name] is not None)
     explorer.check(start)

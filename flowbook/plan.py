@@ -7,7 +7,7 @@ __all__ = ['MADE', 'ROOM', 'pretended', 'rows_of', 'shard_plan', 'Shards', 'size
            'rank_memory', 'Problem', 'batch_problems', 'total_of', 'what_helps', 'memory_problems', 'data_problems',
            'other_problems', 'plan', 'size', 'duration', 'told']
 
-# %% ../nbs/15_plan.ipynb #e8bf80ca
+# %% ../nbs/15_plan.ipynb #9b7b6580
 import math, os, time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import nn, Tensor
 from torch import distributed as dist
-from .configs import Config, count, flops, gpu_of, hours, memory, parameters, short
+from .configs import Config, count, flops, gpu_of, hours, memory, parameters, short, variant_of
 from .recipe import build
 
 # %% ../nbs/15_plan.ipynb #934699a4
@@ -84,7 +84,7 @@ def shards(model:nn.Module, world:int, learned=()) -> Shards: # sharded here: bu
             held += mine; room += int(mine[0]); tensors += 1
     return Shards(groups, tensors, held, room, size_in(p for p in others if p.requires_grad), size_in(p for p in others if not p.requires_grad))
 
-# %% ../nbs/15_plan.ipynb #81f06626
+# %% ../nbs/15_plan.ipynb #a78189d3
 def gathered(s:Shards) -> int:
     "Whole weights that are there at once, at most: two layers and two blocks' own; or encoder or decoder."
     kind = lambda test: sorted((b for name, b in s.groups if test(name)), reverse=True)
@@ -93,7 +93,11 @@ def gathered(s:Shards) -> int:
 
 MADE = {}                                # what is trained[, ranks] -> (Shards, bytes beside them): many configurations train the same model
 
-def key_of(c:Config) -> tuple: return c.flow, c.data.image_size, c.data.channels, c.data.classes, c.align, c.joint
+def key_of(c:Config) -> tuple:
+    "What the sizes of all that is trained depend on: two runs that differ in noise or in lambda have equal ones."
+    j, v, a = c.joint, variant_of(c) if c.joint else None, c.align
+    joint = j and (j.vae, j.critic, bool(j.adversarial), v.frozen, v.flow, v.posterior.width(1))
+    return c.flow, c.data.image_size, c.data.channels, c.data.classes, joint, a and (a.encoder, a.hidden)
 
 def shards_of(c:Config, world:int) -> tuple: # -> Shards, bytes of what is trained beside the model, whole on every rank: SimFlow's critic and projector
     "The pieces of what a configuration trains, in its last stage."

@@ -275,7 +275,7 @@ def notes_of(c:Config) -> tuple:
     return tuple(text for text, there in ((f'data.vae: {c.data.vae} without weights', c.data.vae), (f'align.encoder: {c.align and c.align.encoder} without weights', c.align),
                                           ('joint.perceptual: without a distance', c.joint and c.joint.perceptual)) if there)
 
-# %% ../nbs/14_recipe.ipynb #5babcd6e
+# %% ../nbs/14_recipe.ipynb #7fe60008
 def open_images(c:Config, split:str='train') -> ImageSet:
     "The images of a configuration: a dataset of the book by name, anything else from the folder `data.root`."
     name = c.data.name if c.data.name in DATASETS else 'folder'
@@ -290,16 +290,16 @@ def is_whole(folder) -> bool:
     plan = read_plan(folder)
     return all((Path(folder)/f'{s:05d}.safetensors').exists() for s in range(-(-plan['samples'] // plan['shard'])))
 
-def await_shards(folder, patience:float=1800., poll:float=.5) -> None:
-    "Wait for the shards that other ranks write; a ValueError when none has come for `patience` seconds."
+def await_shards(folder, there=is_whole, patience:float=1800., poll:float=.5) -> None: # there: folder -> is what we wait for there?
+    "Wait for what other ranks write; a ValueError when no shard has come for `patience` seconds."
     count, since = -1, time.monotonic()
-    while not is_whole(folder):
+    while not there(folder):
         if (now := len(list(Path(folder).glob('*.safetensors')))) != count: count, since = now, time.monotonic()
         if time.monotonic() - since > patience:
             raise ValueError(f'folder: {folder} holds {count} shards, and no more have come for {patience:g} seconds; do all processes write there (one folder that all machines see)? Did one of them stop?')
         time.sleep(poll)
 
-# %% ../nbs/14_recipe.ipynb #0444eb26
+# %% ../nbs/14_recipe.ipynb #5b82464d
 def open_data(c:Config, split:str='train',
               folder=None,               # where latents are kept, in FOLDER/train and FOLDER/test; None: data.latents
               part:tuple=(0, 1),         # (rank, world): this process encodes every world-th shard, then waits for the others
@@ -310,6 +310,7 @@ def open_data(c:Config, split:str='train',
     if not (folder := folder or c.data.latents): raise ValueError('data.latents: missing; a latent flow is trained on cached latents: data.latents=FOLDER, where they are or are to be kept')
     vae, folder = vae_of(c, device) if vae is None else vae, Path(folder).expanduser()/split
     if not is_whole(folder):
+        if part[0]: await_shards(folder, lambda f: (f/'plan.json').exists())      # one writes the plan: on two machines two processes may have one number, and so one temporary file
         cache_latents(vae, open_images(c, split), folder, flip=c.data.flip and split == 'train', shard=shard, part=part, progress=progress)
         await_shards(folder)
     latents = CachedLatents(folder, vae)

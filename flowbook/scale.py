@@ -8,7 +8,7 @@ __all__ = ['RECOMPUTING', 'COMPILED', 'MAY_DIFFER', 'World', 'pick', 'join', 'le
            'recomputing', 'compiling', 'layers_of', 'Outcome', 'leaves', 'check_same', 'told_of', 'Training', 'train',
            'judge_of', 'smoke', 'bandwidth', 'small_training']
 
-# %% ../nbs/15_scale.ipynb #878c5780
+# %% ../nbs/15_scale.ipynb #1118dd25
 import gc, os, signal, threading, time, warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from .data import keyed
 from .flows import shake
 from .loader import loader
 from .metrics import collect, load_statistics, make_extractor
-from .monitor import Journal, Speed, filled, grid, norms, quality
+from .monitor import Journal, Speed, block_stats, filled, grid, norms, quality
 from .recipe import build, card_of, check_data, guidance_of, open_data, open_images, save_model
 from .tarflow import TarFlow
 from .train import Alone, NonFiniteLoss, ema, fit
@@ -220,14 +220,14 @@ def compiling(layer:nn.Module) -> nn.Module:
 
 def layers_of(model:nn.Module) -> list: return [layer for block in flow_of(model).blocks for layer in block.layers]
 
-# %% ../nbs/15_scale.ipynb #edaeb49b
+# %% ../nbs/15_scale.ipynb #288017bd
 class Outcome(NamedTuple):
     "How a run ended."
     state:str                            # 'done'; or 'stopped': it was told to, has saved, and goes on when it is called again
     step:int
     model:Path                           # for `from_pretrained` and `open_model`
 
-MAY_DIFFER = ('system.', 'sample.', 'data.root', 'data.latents', 'name', 'title', 'paper', 'published', 'unsaid', 'notes', 'changed') # on going on: how it runs, not what it computes
+MAY_DIFFER = ('system.parallel', 'system.gpus', 'system.accumulate', 'system.checkpoint', 'system.compile', 'system.workers', 'sample.', 'data.root', 'data.latents', 'name', 'title', 'paper', 'published', 'unsaid', 'notes', 'changed') # on going on: how it runs, not what it computes
 
 def leaves(d:dict, at:str='') -> dict: # {'optim': {'lr': 1e-4}} -> {'optim.lr': 1e-4}
     return {k: v for name, x in d.items() for k, v in (leaves(x, f'{at}{name}.') if isinstance(x, dict) else {at + name: x}).items()}
@@ -237,6 +237,7 @@ def check_same(c:Config, data, meta:dict, folder) -> None:
     was, now = leaves(meta['config']), leaves(to_dict(c))
     constant = c.optim.schedule == 'constant' and c.joint is None                # then a longer run begins like a shorter one
     free = (*MAY_DIFFER, *(('optim.steps', 'optim.epochs') if constant else ()))
+    if c.joint and c.joint.adversarial: free = tuple(k for k in free if k != 'system.accumulate') # a critic counts micro-batches to its start
     differ = [k for k in {**was, **now} if was.get(k) != now.get(k) and not k.startswith(free)]
     if differ: raise ValueError(f'{differ[0]}: the run in {folder} has {was.get(differ[0])!r}, and {now.get(differ[0])!r} came'
                                 f'{", and so for " + ", ".join(differ[1:4]) if differ[1:] else ""}; go on as it was begun, or take another folder')
@@ -246,7 +247,7 @@ def check_same(c:Config, data, meta:dict, folder) -> None:
 
 def told_of(data) -> dict: return {'samples': len(data), 'classes': [str(k) for k in data.classes]}
 
-# %% ../nbs/15_scale.ipynb #d2e9bb09
+# %% ../nbs/15_scale.ipynb #0cf02347
 class Training:
     "One run of one configuration: what `train` puts together."
     def __init__(self, c:Config, run:Run, world:World, stop:Stop, data, journal, every:int, save_every:int, keep:int, sample_every:int, fid_every:int, judge):
@@ -307,7 +308,7 @@ class Training:
         k, loaders = max(self.at, first), []
         def feed():                                                              # opened at the first step: then it is known where to start
             loaders.append(loader(self.data, c.optim.batch_size, c.seed, stage.transforms, loop.done, (self.world.rank, self.world.size), c.system.accumulate, c.system.workers))
-            yield from speed.watch(loaders[0])
+            for self.batch in speed.watch(loaders[0]): yield self.batch
         try:
             for report in fit(model, feed(), stage.objective, steps=stage.steps, ema=mean, amp=c.system.amp, every=self.every, device=self.world.device, loop=loop, **stage.fit):
                 k = first + report['step']
@@ -337,7 +338,9 @@ class Training:
 
     def after(self, k:int, report:dict, stage, model, mean, loop, last:bool) -> None:
         "A report: written; and, when it is time, looked into, saved, shown, judged."
-        if self.due(k) or last: report['norms'] = norms(model, *([stage.objective] if isinstance(stage.objective, nn.Module) else []))
+        if self.due(k) or last:
+            report['norms'] = norms(model, *([stage.objective] if isinstance(stage.objective, nn.Module) else []))
+            report['blocks'] = block_stats(model, self.batch.x[:64].to(self.world.device), self.batch.y[:64].to(self.world.device))
         ending, shown = last or loop.stopping, None
         if self.fid_every and k % self.fid_every == 0:
             shown = self.plain(stage, model, mean)

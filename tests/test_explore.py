@@ -215,3 +215,13 @@ def test_every_control_of_the_solvers(flows):
     panel.controls['kind'].value = 'none'
     assert 'Nothing' not in panel.text.value
     with pytest.raises(ValueError, match='choose of'): explore.solver_panel(flows, Contest('c'))
+
+
+def test_a_panel_opens_a_folder(tmp_path):
+    "What `flowbook_train` leaves in RUN/model."
+    torch.manual_seed(0)
+    flow = TarFlow(8, 3, 4, 16, 2, 1, 8, classes=3)
+    flow.card = {'data': 'folder', 'sigma': .1, 'class_names': ['a', 'b', 'c']}
+    flow.save_pretrained(tmp_path/'model')
+    assert len(explore.panel(tmp_path/'model', n=2).explorer.flows) == 1
+    with pytest.raises(ValueError, match="no folder"): explore.panel('gone')

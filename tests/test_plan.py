@@ -229,14 +229,28 @@ def test_every_configuration_has_a_plan(world):
         p = plan(c, world)
         assert p['seconds'] < 60 and p['model'] == count(c), name
         if c.system.parallel == 'fsdp': assert p['shards']['tensors'] > 100, name
-        if (c.flow, c.joint) not in tried:                                        # also where the paper's run needs no sharding; the models of ablations are alike
-            tried.add((c.flow, c.joint))
+        if (key := module.key_of(c)) not in tried:                                # also where the paper's run needs no sharding; those of ablations are alike
+            tried.add(key)
             (s, beside), learned = shards_of(fsdp(c), world), parameters(c)
             critic = learned.get('critic', 0) * ('decoder' not in variant_of(c).frozen if c.joint else 1) # who does not train the decoder needs no judge of it
             assert s.whole + beside == 4 * (count(c) + learned.get('projector', 0) + critic), name
         assert ('batch' in named(p['problems'])) == bool(c.optim.batch_size % (world * c.system.accumulate)), name
         assert json.loads(json.dumps(p)) == p and name in told(p)
         assert all(math.isfinite(p[k]) and p[k] > 0 for k in ('days', 'gpu_hours', 'flops', 'memory_total', 'checkpoint_bytes')), name
+
+
+@pytest.mark.slow
+def test_equal_keys_mean_equal_pieces():
+    "What is remembered for one configuration is right for all with the same key."
+    keys, checked = {}, 0
+    for c in CONFIGS.values(): keys.setdefault(module.key_of(c), []).append(c)
+    for group in keys.values():
+        if not group[0].joint or len(group) < 2: continue
+        sizes = {tuple((k, tuple(p.shape)) for k, p in meta(c).named_parameters()) for c in group}
+        trained = {tuple(sorted(v for k, v in parameters(c).items() if not k.endswith('frozen'))) for c in group}
+        assert len(sizes) == len(trained) == 1, [c.name for c in group]
+        checked += len(group)
+    assert checked > 10
 
 
 @pytest.mark.slow

@@ -232,7 +232,8 @@ def test_fid_and_pictures_at_intervals(tmp_path):
     lines = [json.loads(l) for l in (tmp_path/'log.jsonl').read_text().splitlines()]
     assert sorted(p.name for p in (tmp_path/'samples').iterdir()) == ['step-00000002.png', 'step-00000004.png']
     assert [l['step'] for l in lines if 'fid' in l] == [4] and all('images_per_s' in l for l in lines if 'loss' in l)
-    assert {'block 1', 'block 2'} <= set(next(l for l in lines if 'norms' in l)['norms'])
+    at = next(l for l in lines if 'norms' in l)
+    assert {'block 1', 'block 2'} <= set(at['norms']) and [b['block'] for b in at['blocks']] == [1, 2]
     from flowbook.scripts.sample import open_model
     assert open_model(done.model).card['steps'] == 4
 

@@ -16,10 +16,11 @@ from .fid_stats import add_source, as_script, can_write, join_ranks, pick_extrac
 from .sample import Opened, Way, add_way, best_device, check_way, known_noise, open_model, way_of
 from ..train import to_bits
 
-# %% ../../nbs/16_evaluate.ipynb #80e6d5d6
+# %% ../../nbs/16_evaluate.ipynb #55d5b887
 def parser() -> argparse.ArgumentParser:
     "The command line of `flowbook_evaluate`."
-    p = argparse.ArgumentParser('flowbook_evaluate', description='Samples of a checkpoint against real images (chapter 05), and bits/dim.')
+    p = argparse.ArgumentParser('flowbook_evaluate', description='Samples of a checkpoint against real images (chapter 05), bits/dim, and what an autoencoder keeps.',
+                                epilog=main.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add('checkpoint', help='a folder of save_pretrained, the folder of a run, or the name of a checkpoint of the book')
     add_source(add)
@@ -83,9 +84,18 @@ def reconstructed(model:Opened, data, look, batch_size:int, device) -> dict:
     if world > 1: dist.all_reduce(total)
     return {**out, 'psnr': (total[0] / total[2]).item(), 'ssim': (total[1] / total[2]).item(), 'n_reconstructed': int(total[2])}
 
-# %% ../../nbs/16_evaluate.ipynb #c970cd89
+# %% ../../nbs/16_evaluate.ipynb #21fd87dc
 def main(argv=None) -> dict:
-    "Evaluate a checkpoint; print a table or JSON (on rank 0) and return the numbers."
+    r"""Evaluate a checkpoint; print a table or JSON (on rank 0) and return the numbers.
+
+one device:     flowbook_evaluate CHECKPOINT --root IMAGES --device cuda
+8 GPUs:         torchrun --nproc-per-node 8 -m flowbook.scripts.evaluate CHECKPOINT --device cuda --reference STATISTICS --samples 50000
+several nodes:  torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint FIRST_NODE:29500 \
+                    -m flowbook.scripts.evaluate CHECKPOINT --device cuda --reference STATISTICS --samples 50000     (on each node)
+Slurm:          as for flowbook_sample
+
+All of them print the same numbers, to rounding. Always -m: run by its path, the script does not find the package.
+"""
     a = parser().parse_args(argv)
     for k in ('batch_size', 'n'):
         if (v := getattr(a, k)) is not None and v < 1: raise ValueError(f'--{k.replace("_", "-")}: {v}; it must be 1 or more')
@@ -144,16 +154,16 @@ def judged(x, y) -> int:
     whole = x.isfinite().flatten(1).all(1)
     return round(agreement(digit_classifier(), x[whole], y[whole]) * int(whole.sum())) if whole.any() else 0
 
-# %% ../../nbs/16_evaluate.ipynb #1d13a1d0
+# %% ../../nbs/16_evaluate.ipynb #82152c3a
 NAMES = {'fid': 'FID', 'sfid': 'sFID', 'is': 'Inception Score', 'kid': 'KID', 'precision': 'precision', 'recall': 'recall', 'agreement': 'agreement',
-         'bits_per_dim': 'bits/dim', 'latent_nll': 'nats a latent', 'rfid': 'rFID', 'psnr': 'PSNR', 'ssim': 'SSIM'}
+         'bits_per_dim': 'bits/dim', 'latent_nll': 'NLL', 'rfid': 'rFID', 'psnr': 'PSNR', 'ssim': 'SSIM'}
 
 def table(out:dict) -> str:
     "The numbers of `main` for people."
     spread = lambda k: f' ± {out[k + "_sd"]:.3g}' if k + '_sd' in out else ''
     kind = 'of the test images' if out.get('noise') == 'uniform' else f'of the test density with noise {out.get("noise")}'
     note = {'bits_per_dim': kind, 'agreement': 'of the judge with the class asked for', 'precision': 'samples near real images',
-            'recall': 'real images near samples', 'latent_nll': f'number, of the test latents with noise {out.get("noise")}',
+            'recall': 'real images near samples', 'latent_nll': f'nats a latent number, of the test latents with noise {out.get("noise")}',
             'rfid': f'of {out.get("n_reconstructed", 0):,} test images, from the means of their latents', 'psnr': 'dB'}
     how = [f'guidance {out["guidance"]}'] + [f'gamma {out["gamma"]}'] * bool(out['gamma']) + ['denoised' if out['denoised'] else 'raw']
     lines = [f'checkpoint  {out["checkpoint"]}, {out["kind"]}, {out["parameters"]:,} parameters',
