@@ -2,6 +2,7 @@
 import os
 import socket
 import traceback
+from queue import Empty
 
 import torch
 import torch.multiprocessing as mp
@@ -21,13 +22,13 @@ def child(rank, fn, n, port, queue, args):
 
 
 def in_ranks(fn, n, *args):
-    "[fn(rank, n, *args) for each rank], in processes of their own; what goes wrong in one is raised here."
+    "[fn(rank, n, *args) for each rank], in processes of their own; what goes wrong in one is raised here. Tensors do not outlive their process: fn gives numbers or arrays."
     queue = mp.get_context('spawn').Queue()
     context = mp.spawn(child, (fn, n, free_port(), queue, args), n, join=False)
     out = {}
     while len(out) < n:
         try: rank, value, error = queue.get(timeout=1)
-        except Exception:
+        except Empty:
             if all(not p.is_alive() for p in context.processes): break
             continue
         if error: [p.kill() for p in context.processes]; raise AssertionError(f'rank {rank} of {n}:\n{error}')

@@ -159,7 +159,7 @@ def pieces(rank, n, folder, until, fsdp, joined):
         stream = loader(torch_some(), 16, 0, [Flip(.3), *transforms, GaussianNoise(.2), DropLabels(.2), To(torch.float64)], at, (world.rank, world.size))
         for _ in fit(model, stream, objective, steps=until[-1], lr=1e-3, ema=average, every=until[-1], amp='off', loop=loop, schedule=lambda *a: 1.): pass
         save(run, until[-1], pack(*kept['parts']), {})
-        out = {k: whole(p) for k, p in (*model.named_parameters(), *((f'projector.{k}', p) for k, p in objective.projector.named_parameters()), *((f'mean.{k}', p) for k, p in average.module.named_parameters()))}
+        out = {k: whole(p).numpy() for k, p in (*model.named_parameters(), *((f'projector.{k}', p) for k, p in objective.projector.named_parameters()), *((f'mean.{k}', p) for k, p in average.module.named_parameters()))}
         stream.close()
     del model, objective, average, loop, kept, stream
     if joined: leave()
