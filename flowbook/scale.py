@@ -69,17 +69,17 @@ def leave() -> None:
     if dist.get_world_size() > 1: dist.barrier()
     dist.destroy_process_group()
 
-# %% ../nbs/15_scale.ipynb #940bf2ea
+# %% ../nbs/15_scale.ipynb #a21879f6
 def is_sharded(p:Tensor) -> bool: return isinstance(p, DTensor)
 
 def local(t:Tensor) -> Tensor:
     "What of a tensor lies in this process: its shard, or all of it."
     return t.to_local() if is_sharded(t) else t
 
-def buckets(tensors:list, numbers:int=2**23): # yields lists of one dtype and of at most so many numbers (32 MiB), or of one tensor
+def buckets(tensors:list, numbers:int=2**23): # yields lists of one dtype and device, of at most so many numbers (32 MiB) or of one tensor
     "Few large messages instead of many small ones."
     kinds = {}
-    for t in tensors: kinds.setdefault(t.dtype, []).append(t)
+    for t in tensors: kinds.setdefault((t.dtype, t.device), []).append(t)            # an average counts its steps on the CPU
     for kind in kinds.values():
         some, count = [], 0
         for t in kind:

@@ -70,6 +70,8 @@ def test_buckets_hold_everything_once_and_are_bounded():
     before = [t.clone() for t in some]
     in_buckets(some, lambda flat: flat.add_(1))
     assert all(torch.equal(a, b + 1) for a, b in zip(some, before))
+    mixed = [torch.zeros(1, dtype=torch.long), torch.zeros(2, dtype=torch.long, device='meta'), torch.zeros(3, dtype=torch.long)]
+    assert sorted(len(b) for b in buckets(mixed)) == [1, 2]               # of two devices: never in one message
 
 
 @pytest.mark.parametrize('change', [(recomputing,), (recomputing, recomputing)])
