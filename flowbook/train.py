@@ -108,7 +108,7 @@ class NonFiniteLoss(RuntimeError):
             'and look at the data of that step: a pixel that is NaN, or a noise so narrow that '
             'the density is nearly singular, does this too.')
 
-# %% ../nbs/02_train.ipynb #c9941857
+# %% ../nbs/02_train.ipynb #a592b823
 def cosine(step:int,           # 0, 1, ... steps - 1
            steps:int,          # length of the run
            warmup:int=0,       # steps of linear warm-up
@@ -124,8 +124,17 @@ def ema(flow:nn.Module, decay:float) -> torch.optim.swa_utils.AveragedModel:
     from torch.optim.swa_utils import AveragedModel
     if not 0 <= decay < 1:
         raise ValueError(f'decay: {decay}; it lies in 0..1, for instance 0.999, and below 1')
-    local = lambda tensors: [t.to_local() if hasattr(t, 'to_local') else t for t in tensors] # of what is sharded (chapter 15), this process's part
-    return AveragedModel(flow, multi_avg_fn=torch.no_grad()(lambda means, now, _: torch._foreach_lerp_(local(means), local(now), 1 - decay)))
+    local = lambda tensors: [t.detach().to_local() if hasattr(t, 'to_local') else t.detach() for t in tensors] # of what is sharded (chapter 15), this process's part
+    class Averaged(AveragedModel):                          # PyTorch's own copies its count to the device at every step, and waits for it
+        @torch.no_grad()
+        def update_parameters(self, model):
+            means, now = (local(m.parameters()) for m in (self.module, model))
+            now = [n.to(m.device) for m, n in zip(means, now)]
+            if self.n_averaged == 0: torch._foreach_copy_(means, now)
+            else: torch._foreach_lerp_(means, now, 1 - decay)
+            for m, n in zip(self.module.buffers(), model.buffers()): m.copy_(n)
+            self.n_averaged += 1
+    return Averaged(flow)
 
 # %% ../nbs/02_train.ipynb #d624b34a
 def fit(flow:nn.Module,       # a Flow (or any module that the objective understands), trained in place

@@ -415,3 +415,11 @@ def test_smoke_finds_two_processes_in_order():
     assert done.returncode == 0, done.stderr
     lines = dict(l.rsplit(None, 1) for l in done.stdout.strip().splitlines())
     assert lines['processes'] == '2' and lines['sum'] == 'right' and all(float(v) < 1e-5 for k, v in lines.items() if 'against' in k)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['nll', 'reverse'])
+def test_compiled_layers_compute_the_same(kind):
+    "The shared reverse pass uses a graph twice, which torch.compile's donated buffers would forbid."
+    (l1, g1, _), (l2, g2, _) = (train_kind(kind, torch.float32, steps=3, change=[lambda m: [f(l) for l in layers_of(m) for f in c]]) for c in ((), (compiling,), ))
+    assert max(abs(a - b) for a, b in zip(l1 + g1, l2 + g2)) < 1e-4
