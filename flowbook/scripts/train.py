@@ -9,6 +9,7 @@ __all__ = ['STOPPED', 'UNPLANNED', 'parser', 'configured', 'write_status', 'main
 import argparse, json, os, sys
 from pathlib import Path
 from ..configs import Config, changed, describe, find_config, listing, override
+from ..latent import replace_bytes
 from ..plan import data_problems, plan, told
 from ..recipe import adapt, open_images
 
@@ -60,8 +61,7 @@ def write_status(out, word:str='') -> None: # '': no file
     if os.environ.get('RANK', '0') != '0': return
     path = Path(out).expanduser()/'status'
     if not word: return path.unlink(missing_ok=True)
-    tmp = path.with_name(f'status.{os.getpid()}.tmp')
-    tmp.write_text(word + '\n'); os.replace(tmp, path)
+    replace_bytes(path, f'{word}\n'.encode())
 
 def main(argv=None):
     r"""Train a configuration; returns how the run ended, or the plan.
