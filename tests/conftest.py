@@ -1,6 +1,7 @@
 """What all tests share: one thread (the models are tiny), no model hub, float32 by default; and the table of faults that they make."""
 import json
 import os
+import socket
 from pathlib import Path
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
@@ -49,25 +50,23 @@ def pytest_collection_modifyitems(items):                    # before the slow o
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
     report = (yield).get_result()
-    if not (found := fault_of(item)) or report.when != 'call': return
+    if not (found := fault_of(item)) or not (report.when == 'call' or report.when == 'setup' and report.outcome != 'passed'): return
     part, fault, outcome = found
-    row = FAULTS.setdefault(fault, {'part': part, 'fault': fault, 'outcome': outcome, 'tests': [], 'tries': 0, 'passed': 0, 'failed': 0, 'skipped': 0, 'said': ''})
-    tried, name = getattr(item, 'tried', Tried()), f'{item.path.name}::{item.originalname}'
-    if name not in row['tests']: row['tests'].append(name)
-    row[report.outcome] += 1
-    row['tries'] += tried.times if report.passed else 0
-    for long, short in ((str(item.funcargs.get('tmp_path', '\0')), '...'), (str(Path(__file__).parent.parent), '...')): tried.words = tried.words.replace(long, short)
-    row['said'] = row['said'] or ' '.join(tried.words.split())
+    row = FAULTS.setdefault(fault, {'part': part, 'fault': fault, 'outcome': outcome, 'said': '', 'tests': {}})
+    name = f'{item.path.name}::{item.originalname}' + (' (slow)' if item.get_closest_marker('slow') else '')
+    test, tried = row['tests'].setdefault(name, {'tries': 0, 'passed': 0, 'failed': 0, 'skipped': 0}), getattr(item, 'tried', Tried())
+    test[report.outcome] += 1
+    test['tries'] += tried.times if report.passed else 0
+    for place in (item.funcargs.get('tmp_path'), Path(__file__).parent.parent): tried.words = tried.words.replace(str(place), '...') if place else tried.words
+    row['said'] = row['said'] or ' '.join(tried.words.replace(socket.gethostname(), 'this-host').split())
 
 
 def pytest_sessionfinish():
     "FLOWBOOK_FAULTS=FILE: the rows of this session go into FILE, beside those of other sessions."
     if not (path := os.environ.get('FLOWBOOK_FAULTS')) or not FAULTS: return
     path = Path(path)
-    rows = {r['fault']: r for r in json.loads(path.read_text())['faults']} if path.exists() else {}
+    rows = {r['fault']: r for r in json.loads(path.read_text())['faults']} if path.exists() and path.stat().st_size else {}
     for fault, new in FAULTS.items():
-        old = rows.get(fault)
-        if old and not set(old['tests']) & set(new['tests']):                    # another file tried the same fault
-            new = {**old, **{k: old[k] + new[k] for k in ('tests', 'tries', 'passed', 'failed', 'skipped')}, 'said': old['said'] or new['said']}
-        rows[fault] = new
+        old = rows.get(fault, {'tests': {}, 'said': ''})
+        rows[fault] = {**new, 'said': new['said'] or old['said'], 'tests': dict(sorted({**old['tests'], **new['tests']}.items()))}
     path.write_text(json.dumps({'command': 'FLOWBOOK_FAULTS=nbs/results/faults.json pytest -m ""', 'faults': sorted(rows.values(), key=lambda r: (r['part'], r['fault']))}, indent=1) + '\n')
