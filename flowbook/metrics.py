@@ -4,36 +4,37 @@
 
 # %% auto #0
 __all__ = ['INCEPTION_URL', 'INCEPTION_SHA256', 'METRICS', 'DigitClassifier', 'CrossEntropy', 'Jitter', 'shift_image',
-           'train_digit_classifier', 'digit_classifier', 'agreement', 'frechet', 'ranks', 'rank_part', 'Moments',
-           'Extractor', 'with_channels', 'fingerprint', 'module_extractor', 'digits_extractor', 'fidelity_digits',
-           'read_weights', 'inception_path', 'inception_extractor', 'make_extractor', 'folder_images', 'image_batches',
-           'Statistics', 'collect', 'check_whole', 'checked_features', 'image_hash', 'Tally', 'gathered',
-           'save_statistics', 'load_statistics', 'evaluate', 'distance', 'check_given', 'by_fidelity', 'fid_curve',
-           'fid_at_infinity', 'reconstruction', 'lpips']
+           'train_digit_classifier', 'digit_classifier', 'agreement', 'frechet', 'ranks', 'rank_part', 'check_device',
+           'Moments', 'Extractor', 'with_channels', 'fingerprint', 'module_extractor', 'digits_extractor',
+           'fidelity_digits', 'read_weights', 'inception_path', 'inception_extractor', 'make_extractor',
+           'folder_images', 'image_batches', 'Statistics', 'collect', 'checked_features', 'image_hash', 'Tally',
+           'gathered', 'save_statistics', 'load_statistics', 'evaluate', 'distance', 'check_given', 'by_fidelity',
+           'fid_curve', 'fid_at_infinity', 'reconstruction', 'lpips']
 
-# %% ../nbs/05_metrics.ipynb #e206810d
+# %% ../nbs/05_metrics.ipynb #081cfb39
 import hashlib, io, json, math, os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
-from .data import Folder, ImageSet, batches, check_images, load, to_levels
+from .data import Folder, ImageSet, _files, batches, check_choice, check_images, check_number, check_path, check_tensor, check_whole, load, to_levels
 from .flows import Pretrained
 from .train import fit, keyed_normal, keyed_uniform
 
 # %% ../nbs/05_metrics.ipynb #1c79f296
 # Axis legend of this module: b batch, n images, d features, c h w image, k classes.
 
-# %% ../nbs/05_metrics.ipynb #5a55d556
+# %% ../nbs/05_metrics.ipynb #73090359
 class DigitClassifier(nn.Module, Pretrained):
     "A small convolutional classifier of 8x8 digits; `features` are what offline metrics compare."
     classes = 10
     def __init__(self, width:int=32,      # channels of the first convolution
                  dim:int=64):             # number of features
         super().__init__()
-        self.config = dict(width=width, dim=dim)
+        self.config = dict(width=check_whole('width', width), dim=check_whole('dim', dim))
         def conv(i, o): return nn.Conv2d(i, o, 3, padding=1), nn.GELU()
         self.body = nn.Sequential(
             *conv(1, width), *conv(width, width), nn.MaxPool2d(2),                     # (b, width, 4, 4)
@@ -42,9 +43,7 @@ class DigitClassifier(nn.Module, Pretrained):
         self.head = nn.Linear(dim, 10)
 
     def features(self, x:Tensor) -> Tensor: # (b, 1, 8, 8) in [-1, 1], clipped to it -> (b, dim)
-        if tuple(x.shape[1:]) != (1, 8, 8):
-            raise ValueError(f'x: shape {tuple(x.shape)} was given; the digit classifier takes (b, 1, 8, 8)')
-        return self.body(x.clamp(-1, 1))
+        return self.body(check_tensor('x', x, 'b 1 8 8').clamp(-1, 1))
 
     def forward(self, x): return self.head(self.features(x))                    # (b, 10) logits
 
@@ -53,7 +52,7 @@ class DigitClassifier(nn.Module, Pretrained):
         pooled = self.body[9:](h)                                               # (b, dim)
         return {'pooled': pooled, 'spatial': h[:, :7].flatten(1), 'logits': self.head(pooled)}
 
-# %% ../nbs/05_metrics.ipynb #73e40d5a
+# %% ../nbs/05_metrics.ipynb #68627ba9
 class CrossEntropy:
     "Cross-entropy of a classifier: an `Objective` like `NLL`."
     def __call__(self, net, x, y):
@@ -63,7 +62,7 @@ class CrossEntropy:
 
 class Jitter:
     "Noise of a random strength up to `sigma`, and a shift by at most one pixel; keyed by sample."
-    def __init__(self, sigma:float=.3): self.sigma = sigma
+    def __init__(self, sigma:float=.3): self.sigma = check_number('sigma', sigma, 0)
     def __call__(self, batch):
         u = keyed_uniform(batch, (3,), 'jitter')                                # (b, 3)
         places = [(int(3 * a) - 1, int(3 * b) - 1) for a, b in u[:, :2].tolist()]
@@ -73,13 +72,14 @@ class Jitter:
 
 def shift_image(x:Tensor, dy:int, dx:int) -> Tensor: # (c, h, w), by whole pixels
     "One image moved down and to the right, black (-1) moving in."
-    k = max(1, abs(dy), abs(dx))
+    _, h, w = check_tensor('x', x, 'c h w', 'any').shape
+    k = max(1, abs(check_whole('dy', dy, -h, h)), abs(check_whole('dx', dx, -w, w)))
     return torch.roll(F.pad(x, (k, k, k, k), value=-1.), (dy, dx), (1, 2))[:, k:-k, k:-k]
 
-# %% ../nbs/05_metrics.ipynb #6e8722a5
+# %% ../nbs/05_metrics.ipynb #859fdc06
 def train_digit_classifier(seed:int=0, steps:int=1500) -> DigitClassifier:
     "Train the judge on the real training digits; its accuracy on the test digits goes on its card."
-    torch.manual_seed(seed)
+    torch.manual_seed(check_whole('seed', seed, 0)); check_whole('steps', steps)
     net = DigitClassifier()
     data = batches(load('digits'), 128, seed=seed, transforms=[Jitter()])
     for _ in fit(net, data, CrossEntropy(), steps=steps, lr=2e-3, weight_decay=1e-2, every=100): pass
@@ -93,30 +93,35 @@ def digit_classifier() -> DigitClassifier:
     "The trained judge that comes with the book; `flowbook_remake digits-classifier` makes it again."
     return DigitClassifier.from_pretrained('digits-classifier')
 
-# %% ../nbs/05_metrics.ipynb #47948834
+# %% ../nbs/05_metrics.ipynb #b31b7992
 @torch.no_grad()
 def agreement(judge:nn.Module, x:Tensor,  # (b, c, h, w) samples
               y:Tensor) -> float:         # (b,) the classes they were asked for
     "The share of samples that the judge gives the class they were asked for."
-    if not isinstance(y, Tensor) or y.shape != (len(x),) or not len(x):
-        raise ValueError(f'y: {tuple(getattr(y, "shape", ()))} came for {len(x)} samples; '
-                         'give a tensor with one label a sample, (b,), for 1 sample or more')
+    if not callable(judge): raise ValueError(f'judge: {type(judge).__name__} came, must be a module: images -> logits (b, k)')
+    if not len(check_tensor('x', x, 'b c h w')): raise ValueError('x: no samples came, must be 1 or more')
+    check_tensor('y', y, f'{len(x)}', 'integers', 'one label a sample')
     if not x.isfinite().all():
         raise ValueError(f'x: {int((~x.isfinite()).flatten(1).any(1).sum())} of {len(x)} samples hold NaN or infinity; '
                          'leave them out, and count them')
     dtype = next((p.dtype for p in getattr(judge, 'parameters', tuple)()), x.dtype)
     return (judge(x.to(dtype)).argmax(1) == y).float().mean().item()
 
-# %% ../nbs/05_metrics.ipynb #dbc9c6ed
+# %% ../nbs/05_metrics.ipynb #eed12baa
+def _numbers(name, v, axes):
+    try: v = torch.as_tensor(v).detach().cpu()
+    except (TypeError, ValueError, RuntimeError): raise ValueError(f'{name}: {type(v).__name__} came, must be a tensor') from None
+    if not check_tensor(name, v, axes, 'floats', 'of one extractor').isfinite().all(): raise ValueError(f'{name}: it holds NaN or infinity; look at the features')
+    if not v.numel(): raise ValueError(f'{name}: no numbers came')
+    return v.double()
+
 def frechet(mean1:Tensor, cov1:Tensor,   # (d,), (d, d)
             mean2:Tensor, cov2:Tensor) -> float:
     "Squared Fréchet distance of two Gaussians, in float64, by symmetric eigenvalues. Heusel et al., 2017, Eq. 6."
-    m1, c1, m2, c2 = (torch.as_tensor(t).detach().cpu().double() for t in (mean1, cov1, mean2, cov2))
-    d = len(m1) if m1.ndim else 0
-    if not m1.shape == m2.shape == (d,) or not c1.shape == c2.shape == (d, d):
-        came = ', '.join(str(tuple(t.shape)) for t in (m1, c1, m2, c2))
-        raise ValueError(f'frechet: shapes {came} came; give (d,), (d, d), (d,), (d, d) of one extractor')
-    if not all(t.isfinite().all() for t in (m1, c1, m2, c2)): raise ValueError('frechet: NaN or infinity in a mean or covariance; look at the features')
+    m1, m2 = _numbers('mean1', mean1, 'd'), _numbers('mean2', mean2, f'{len(mean1)}')
+    c1, c2 = (_numbers(name, c, f'{len(m1)} {len(m1)}') for name, c in (('cov1', cov1), ('cov2', cov2)))
+    for name, c in (('cov1', c1), ('cov2', c2)):
+        if (c - c.T).abs().max() > 1e-4 * c.abs().max() or c.diagonal().min() < 0: raise ValueError(f'{name}: it is not symmetric, or has negative variances; a covariance has neither fault')
     L, failed = torch.linalg.cholesky_ex(c1)
     if failed:                                             # no full rank: the eigenvectors serve as well
         w, v = torch.linalg.eigh(c1)
@@ -135,16 +140,24 @@ def rank_part() -> tuple:
     from torch import distributed as dist
     return (dist.get_rank(), ranks()) if ranks() > 1 else (0, 1)
 
-# %% ../nbs/05_metrics.ipynb #0bc9d189
+# %% ../nbs/05_metrics.ipynb #9d303264
+def check_device(name:str, device):
+    "A device that can be used here; ValueError that names it for all else."
+    try: torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as e: raise ValueError(f'{name}: {device!r:.80} cannot be used here ({str(e).splitlines()[0]:.80}); give cpu, cuda or mps') from None
+    if device is None: raise ValueError(f'{name}: None came; give cpu, cuda or mps')
+    return device
+
 class Moments:
     "Mean and covariance of features, streamed in float64; parts add up, over batches and over ranks."
     def __init__(self, d:int, device='cpu'):
-        if torch.device(device).type == 'mps': device = 'cpu'              # MPS has no float64
+        check_whole('d', d, 0)
+        if torch.device(check_device('device', device)).type == 'mps': device = 'cpu'              # MPS has no float64
         zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64, device=device)
         self.n, self.mean, self.scatter = 0, zeros(d), zeros(d, d)
 
     def add(self, f:Tensor) -> None:         # (b, d) features
-        if not len(f): return
+        if not len(check_tensor('f', f, f'b {len(self.mean)}')): return
         f = f.detach().to(self.mean.device).double()
         centred = f - f.mean(0)
         n, delta = self.n + len(f), f.mean(0) - self.mean
@@ -169,7 +182,7 @@ class Moments:
         if self.n < 2: raise ValueError(f'n: {self.n} images have no covariance; give 2 or more')
         return self.scatter / (self.n - 1)
 
-# %% ../nbs/05_metrics.ipynb #5fcd4a0f
+# %% ../nbs/05_metrics.ipynb #cf7b791e
 class Extractor:
     "8-bit images -> {'pooled': (b, d)} and, where it has them, 'spatial' (b, s) and 'logits' (b, k)."
     def __init__(self, net,            # callable: uint8 (b, c, h, w) -> such a dictionary
@@ -177,15 +190,20 @@ class Extractor:
                  channels:int=None,    # what it needs, 1 or 3; None: as the images are
                  size:int=None,        # height and width that it needs; None: as the images are
                  note:str=''):         # what it does to the images itself
+        if not callable(net): raise ValueError(f'net: {type(net).__name__} came, must be a callable: 8-bit images -> features')
+        if not isinstance(name, str) or not name: raise ValueError(f'name: {name!r:.80} came, must be a text')
+        check_choice('channels', channels, (None, 1, 3))
+        if size is not None: check_whole('size', size)
         self.net, self.name, self.channels, self.size = net, name, channels, size
         steps = ['clipped to [-1, 1]', '8 bits', {1: 'grey', 3: 'RGB'}.get(channels),
                  size and f'{size}x{size}', note]
         self.preprocessing = ', '.join(s for s in steps if s)
 
-    def __call__(self, x:Tensor) -> dict: return self.look(to_levels(x, 256)) # (b, c, h, w) in [-1, 1]
+    def __call__(self, x:Tensor) -> dict: return self.look(to_levels(check_tensor('x', x, 'b c h w'), 256)) # in [-1, 1]
 
     @torch.no_grad()
     def look(self, levels:Tensor) -> dict:   # (b, c, h, w) uint8
+        if check_tensor('levels', levels, 'b c h w', 'integers').dtype != torch.uint8: raise ValueError(f'levels: {levels.dtype} came, must be uint8')
         levels = with_channels(levels, self.channels)
         if self.size is not None and tuple(levels.shape[2:]) != (self.size, self.size):
             big = F.interpolate(levels.float(), (self.size, self.size), mode='bicubic', antialias=True)
@@ -194,24 +212,28 @@ class Extractor:
 
 def with_channels(x:Tensor, channels:int|None) -> Tensor: # (b, c, h, w) uint8 -> (b, channels, h, w)
     "Grey becomes three equal channels, colours become their mean."
-    c = x.shape[1]
+    c = check_tensor('x', x, 'b c h w', 'any').shape[1]
+    check_choice('channels', channels, (None, 1, 3))
     if channels is None or c == channels: return x
     if c == 1: return x.expand(-1, channels, -1, -1)
     if channels == 1 and c == 3: return x.float().mean(1, keepdim=True).round().to(torch.uint8)
     raise ValueError(f'x: {c} channels came, the extractor takes {channels}; give images of 1 or 3 channels')
 
-# %% ../nbs/05_metrics.ipynb #41322cec
+# %% ../nbs/05_metrics.ipynb #d17eb41e
 def fingerprint(net:nn.Module) -> str:
     "The first 16 hex digits of the sha256 of all tensors of a module."
     h = hashlib.sha256()
+    if not isinstance(net, nn.Module): raise ValueError(f'net: {type(net).__name__} came, must be a module')
     for k, v in sorted(net.state_dict().items()):
         h.update(f'{k} {v.dtype} {tuple(v.shape)}'.encode())
         h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:16]
 
-# %% ../nbs/05_metrics.ipynb #81624008
+# %% ../nbs/05_metrics.ipynb #a7d26401
 def module_extractor(net:nn.Module, name:str=None, **kw) -> Extractor: # kw: channels, size, note of `Extractor`
     "Any module on images in [-1, 1] as an extractor; it returns features (b, ...) or the dictionary, and must not change meanwhile."
+    mark = fingerprint(net)
+    if name is not None and not (isinstance(name, str) and name): raise ValueError(f'name: {name!r:.80} came, must be a text, or None')
     name = name or f"{type(net).__name__} {hashlib.sha256(repr(net).encode()).hexdigest()[:8]}"       # its layers, where nobody named it
     like = next((p for p in net.parameters() if p.is_floating_point()), torch.zeros(()))
     def run(levels):
@@ -220,8 +242,7 @@ def module_extractor(net:nn.Module, name:str=None, **kw) -> Extractor: # kw: cha
         finally:
             for m, training in modes.items(): m.training = training
         return out if isinstance(out, dict) else {'pooled': out.flatten(1)}
-    name = f'{name} {fingerprint(net)}'
-    return Extractor(run, name, **kw)
+    return Extractor(run, f'{name} {mark}', **kw)
 
 # %% ../nbs/05_metrics.ipynb #208b0412
 @lru_cache(None)
@@ -255,7 +276,7 @@ def fidelity_digits() -> str:
     if name not in FEATURE_EXTRACTORS_REGISTRY: register_feature_extractor(name, FeatureExtractorDigits)
     return name
 
-# %% ../nbs/05_metrics.ipynb #16ac8f88
+# %% ../nbs/05_metrics.ipynb #8e7f970a
 INCEPTION_URL = ('https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/'
                  'weights-inception-2015-12-05-6726825d.pth')
 INCEPTION_SHA256 = '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2'   # of the published file
@@ -263,21 +284,23 @@ INCEPTION_SHA256 = '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 def read_weights(path,               # of a file that torch.save wrote
                  sha256:str) -> dict: # that it must have
     "Tensors of a file whose hash is as expected; nothing is unpickled before, and nothing but tensors ever."
-    data = Path(path).expanduser().read_bytes()
+    if not (path := check_path('weights', path)).is_file(): raise ValueError(f'weights: there is no file {path}')
+    if not isinstance(sha256, str) or len(sha256) != 64: raise ValueError(f'sha256: {sha256!r:.80} came, must be 64 hex digits')
+    data = path.read_bytes()
     found = hashlib.sha256(data).hexdigest()
     if found != sha256.lower():
         raise ValueError(f'weights: {path} has the sha256 {found}, expected {sha256}; it was not read. '
                          'Fetch it again, or pass the sha256 that you trust')
     try: return torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
     except Exception as e:                                  # torch.load raises nearly anything
-        raise ValueError(f'weights: {path} holds more than tensors, or is no file of torch.save ({e})') from e
+        raise ValueError(f'weights: {path} holds more than tensors, or is no file of torch.save ({e!s:.300})') from e
 
-# %% ../nbs/05_metrics.ipynb #e275ed0f
+# %% ../nbs/05_metrics.ipynb #078b16eb
 def inception_path(path=None) -> Path:
     "Where the Inception weights are; ValueError says where to get them."
     if given := path or os.environ.get('FLOWBOOK_INCEPTION'):
-        if Path(given).expanduser().is_file(): return Path(given)
-        raise ValueError(f'weights: there is no file {str(given)!r} (from the argument or FLOWBOOK_INCEPTION)')
+        if check_path('weights', given).is_file(): return Path(given).expanduser()
+        raise ValueError(f'weights: there is no file {str(given)!r:.200} (from the argument or FLOWBOOK_INCEPTION)')
     kept = Path(torch.hub.get_dir())/'checkpoints'/INCEPTION_URL.rsplit('/', 1)[1]
     if kept.is_file(): return kept
     raise ValueError(
@@ -285,7 +308,7 @@ def inception_path(path=None) -> Path:
         "weights=... or FLOWBOOK_INCEPTION=..., or keep it in torch.hub's folder of checkpoints. "
         "For digits, extractor='digits' needs no download")
 
-# %% ../nbs/05_metrics.ipynb #8cdd072f
+# %% ../nbs/05_metrics.ipynb #a61991e0
 def inception_extractor(weights=None,                      # a local file; None: see `inception_path`
                         sha256:str=INCEPTION_SHA256,       # that it must have
                         device='cpu') -> Extractor:
@@ -294,6 +317,7 @@ def inception_extractor(weights=None,                      # a local file; None:
     from torch_fidelity import feature_extractor_inceptionv3 as module
     path = inception_path(weights)
     state = read_weights(path, sha256)
+    check_device('device', device)
     wanted = ['2048', 'logits_unbiased']
     try:                                                    # its own loaders unpickle: it gets what was read here
         with patch.object(module, 'load_state_dict_from_url', lambda *a, **k: state):
@@ -307,7 +331,7 @@ def inception_extractor(weights=None,                      # a local file; None:
         return {'pooled': pooled, 'spatial': kept.pop('spatial').float(), 'logits': logits}
     return Extractor(run, f'inception-v3-compat {sha256[:16]}', channels=3, note='TensorFlow-1 bilinear 299x299')
 
-# %% ../nbs/05_metrics.ipynb #b16b1f7a
+# %% ../nbs/05_metrics.ipynb #c208294d
 def make_extractor(which,            # 'inception', 'digits', an `Extractor`, or any module on images in [-1, 1]
                    weights=None, sha256:str=INCEPTION_SHA256, device='cpu') -> Extractor:
     "The extractor of that name; a module becomes one."
@@ -315,35 +339,42 @@ def make_extractor(which,            # 'inception', 'digits', an `Extractor`, or
     if isinstance(which, nn.Module): return module_extractor(which)
     if which == 'digits': return digits_extractor()
     if which == 'inception': return inception_extractor(weights, sha256, device)
-    raise ValueError(f"extractor: {which!r}; choose 'inception' or 'digits', or give an Extractor or a module")
+    raise ValueError(f"extractor: {which!r:.80} came, must be 'inception', 'digits', an Extractor or a module")
 
-# %% ../nbs/05_metrics.ipynb #a2b62fc4
+# %% ../nbs/05_metrics.ipynb #3c63420d
 def folder_images(root) -> Folder:
     "All images in a folder and below, as a dataset of one class; they must be of one size."
     from PIL import Image
-    known = Image.registered_extensions()
-    paths = sorted(p for p in Path(root).expanduser().rglob('*') if p.suffix.lower() in known and p.is_file())
-    if not paths: raise ValueError(f'{root}: there are no images in this folder')
-    return Folder(paths, torch.zeros(len(paths), dtype=torch.long), ('image',), name=Path(root).name)
+    root, known = check_path('root', root), Image.registered_extensions()
+    if not root.is_dir(): raise ValueError(f'root: {root!s:.200} is no folder')
+    try: paths = [p for p in _files(root) if p.suffix.lower() in known]
+    except OSError as e: raise ValueError(f'root: {e.filename} cannot be read ({e.strerror})') from None
+    if not paths: raise ValueError(f'root: there are no images in the folder {root}')
+    return Folder(paths, torch.zeros(len(paths), dtype=torch.long), ('image',), name=root.name)
 
-# %% ../nbs/05_metrics.ipynb #28757f7f
+# %% ../nbs/05_metrics.ipynb #e0780d81
+def _pixels(called, x): return check_tensor(called, x, 'b c h w', what='in [-1, 1]; from_levels(v, 256) scales 8-bit images')
+
 def image_batches(source,            # (n, c, h, w), an iterable of batches, a dataset, or a folder
-                  batch_size:int=64):
+                  batch_size:int=64,
+                  called:str='source'): # what messages call it
     "(name, generator of float batches (b, c, h, w)) of any source of images; checked at the door."
+    check_whole('batch_size', batch_size)
     if isinstance(source, (str, Path)):
-        if not Path(source).expanduser().is_dir():
-            raise ValueError(f'{str(source)!r} is no folder; give a folder of images, a dataset (load(...)), '
+        if not check_path(called, source).is_dir():
+            raise ValueError(f'{called}: {str(source)!r:.200} is no folder; give a folder of images, a dataset (load(...)), '
                              'a tensor, batches, or Statistics')
         source = folder_images(source)
-    if type(source).__module__ == 'numpy': raise ValueError('images: a numpy array came; give torch.from_numpy(...), float (n, c, h, w) in [-1, 1]')
+    if type(source).__module__ == 'numpy': raise ValueError(f'{called}: a numpy array came; give torch.from_numpy(...), float (n, c, h, w) in [-1, 1]')
+    if isinstance(source, Tensor): _pixels(called, source)
     if isinstance(source, Tensor): return f'a tensor {tuple(source.shape)}', iter(source.split(batch_size))
-    if hasattr(source, '__len__') and hasattr(source, '__getitem__') and not isinstance(source, (list, tuple)):
+    if hasattr(source, '__len__') and hasattr(source, '__getitem__') and not isinstance(source, (list, tuple, dict)):
         size = min(batch_size, max(1, len(source) // ranks())) * ranks()
         stream = batches(source, size, shuffle=False, epochs=1, part=rank_part())
         return repr(source) if isinstance(source, ImageSet) else type(source).__name__, (b.x for b in stream)
-    if not hasattr(source, '__iter__'):
-        raise ValueError(f'{type(source).__name__} came; give a tensor (n, c, h, w), batches of such, a dataset or a folder')
-    return 'a stream', (b if isinstance(b, Tensor) else b[0] for b in source)
+    if not hasattr(source, '__iter__') or isinstance(source, dict):
+        raise ValueError(f'{called}: {type(source).__name__} came; give a tensor (n, c, h, w), batches of such, a dataset or a folder')
+    return 'a stream', (b[0] if isinstance(b, (tuple, list)) and len(b) else b for b in source)
 
 # %% ../nbs/05_metrics.ipynb #473ec5ff
 @dataclass
@@ -369,22 +400,21 @@ class Statistics:
             if a != b: raise ValueError(f'{k}: the samples were seen by {a!r}, the reference by {b!r}; '
                                         'make both with the same one')
 
-# %% ../nbs/05_metrics.ipynb #653855ba
+# %% ../nbs/05_metrics.ipynb #1813046c
 def collect(source, extractor='inception', *,
             n:int=None,                # take so many images, over all ranks; None: all
             keep:bool=True,            # features and logits, too, not only their moments
             batch_size:int=64, device='cpu',
             on_broken:str='refuse',    # an image with NaN or infinity: 'refuse', or 'drop' and count
+            called:str='source',       # what messages call the images
             ) -> Statistics:
     "One pass over images, in constant memory (but for kept features); summed over ranks."
+    _check_options(n, batch_size, device, on_broken); check_choice('keep', keep, (True, False))
     look = make_extractor(extractor, device=device)
-    check_whole(n=n, batch_size=batch_size)
-    if on_broken not in ('refuse', 'drop'): raise ValueError(f"on_broken: {on_broken!r}; choose 'refuse' or 'drop'")
-    if n is not None and n < 2: raise ValueError(f'n: {n}; a metric needs 2 images or more')
-    name, stream = image_batches(source, batch_size)
+    name, stream = image_batches(source, batch_size, called)
     rank, world = rank_part()
     quota = math.inf if n is None else n // world + (rank < n % world)
-    moments, kept, tally, hashes = {}, {'pooled': [], 'logits': []}, Tally(), 0
+    moments, kept, tally, hashes = {}, {'pooled': [], 'logits': []}, Tally(called), 0
     while tally.good < quota:
         if (x := next(stream, None)) is None: break
         x = tally.sift(x, on_broken, quota)                            # finite images, clipped and counted
@@ -398,11 +428,10 @@ def collect(source, extractor='inception', *,
         for k in kept.keys() & out.keys() if keep else (): kept[k].append(out[k].detach().float().cpu())
     return _joined(look, name, moments, kept, tally, hashes, n, device)
 
-# %% ../nbs/05_metrics.ipynb #1d4d62eb
-def check_whole(**numbers) -> None:
-    "ValueError for what should be a whole number of 1 or more, or None."
-    for k, v in numbers.items():
-        if v is not None and (isinstance(v, bool) or not isinstance(v, int) or v < 1): raise ValueError(f'{k}: {v!r}; a whole number, 1 or more')
+# %% ../nbs/05_metrics.ipynb #7607b848
+def _check_options(n, batch_size, device, on_broken):
+    if n is not None: check_whole('n', n, 2, what='2 images or more')
+    check_whole('batch_size', batch_size); check_device('device', device); check_choice('on_broken', on_broken, ('refuse', 'drop'))
 
 def checked_features(out, b:int, name:str) -> dict:
     "What an extractor returned for `b` images, or a ValueError that says what is wrong with it."
@@ -414,24 +443,21 @@ def checked_features(out, b:int, name:str) -> dict:
         if not v.isfinite().all(): raise ValueError(f'extractor: {k!r} of {name} holds NaN or infinity for images that have none')
     return out
 
-# %% ../nbs/05_metrics.ipynb #211aeea8
+# %% ../nbs/05_metrics.ipynb #ca2526db
 def image_hash(levels:Tensor) -> int:                       # (c, h, w) uint8
     "The sha256 of an image, as a number: sums of such do not depend on the order."
     return int.from_bytes(hashlib.sha256(str(tuple(levels.shape)).encode() + levels.cpu().contiguous().numpy().tobytes()).digest(), 'big')
 
 class Tally:
     "Sifts batches: counts what is broken, clips what is outside, stops at a quota."
-    def __init__(self): self.good, self.broken, self.outside, self.values = 0, 0, 0, 0
+    def __init__(self, called): self.good, self.broken, self.outside, self.values, self.called = 0, 0, 0, 0, called
 
     def sift(self, x, on_broken, quota):
-        if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim != 4:
-            raise ValueError(f'images: {getattr(x, "dtype", type(x).__name__)} of shape {tuple(getattr(x, "shape", ()))} came; '
-                             'give float (b, c, h, w) in [-1, 1]; from_levels(v, 256) scales 8-bit images')
-        x = x.detach().float()
+        x = _pixels(self.called, x).detach().float()
         whole = x.isfinite().flatten(1).all(1)
         bad = int((~whole).sum())
         if bad and on_broken == 'refuse':
-            raise ValueError(f"images: {bad} of {len(x)} in a batch hold NaN or infinity; on_broken='drop' leaves "
+            raise ValueError(f"{self.called}: {bad} of {len(x)} in a batch hold NaN or infinity; on_broken='drop' leaves "
                              'them out and counts them')
         x = x[whole][:int(min(quota - self.good, len(x)))]
         self.broken += bad; self.good += len(x); self.values += x.numel()
@@ -450,7 +476,7 @@ def gathered(t:Tensor) -> Tensor: # (n, ...) of this rank -> (sum of n, ...), de
     there = torch.stack([torch.arange(most) < int(l) for l in lengths], 1).flatten()
     return torch.stack(rows, 1).flatten(0, 1)[there.to(t.device)]
 
-# %% ../nbs/05_metrics.ipynb #2f7ddb1a
+# %% ../nbs/05_metrics.ipynb #20622c3d
 def _summed(numbers:list, device) -> list:                  # whole numbers over ranks
     from torch import distributed as dist
     t = torch.tensor(numbers, dtype=torch.int64, device=device)
@@ -462,24 +488,26 @@ def _joined(look, name, moments, kept, tally, hashes, n, device):
     numbers = [tally.good, tally.broken, tally.outside, tally.values, bool(moments), *words]
     good, broken, outside, values, busy, *words = _summed(numbers, device)
     if n is not None and good < n:
-        raise ValueError(f'n: {n} images were asked for, {name} gave {good}' + (f' ({broken} broken ones left out)' if broken else ''))
-    if good < 2: raise ValueError(f'images: {name} gave {good}' + f' ({broken} broken)' * bool(broken) + '; a metric needs 2 or more')
-    if busy < ranks(): raise ValueError(f'images: {ranks() - busy} of {ranks()} ranks got none of {good}; give each rank one or more')
+        raise ValueError(f'n: {n} images were asked for, {tally.called} ({name}) gave {good}' + (f' ({broken} broken ones left out)' if broken else ''))
+    if good < 2: raise ValueError(f'{tally.called}: {name} gave {good}' + f' ({broken} broken)' * bool(broken) + '; a metric needs 2 or more')
+    if busy < ranks(): raise ValueError(f'{tally.called}: {ranks() - busy} of {ranks()} ranks got none of {good}; give each rank one or more')
     digest = sum(w << 32 * i for i, w in enumerate(words)) % 2**256
     cat = {k: torch.cat(v) for k, v in kept.items() if v}
     if ranks() > 1: cat = {k: gathered(v.to(device)).cpu() for k, v in cat.items()}
     return Statistics(look.name, look.preprocessing, name, f'{digest:064x}', {k: m.over_ranks() for k, m in sorted(moments.items())},
                       cat.get('pooled'), cat.get('logits'), outside / values, broken)
 
-# %% ../nbs/05_metrics.ipynb #5d12ae82
+# %% ../nbs/05_metrics.ipynb #19857ded
 def save_statistics(stats:Statistics, path, features:bool=False) -> Path: # features: keep (n, d), for precision and recall
     "Write statistics as safetensors; the facts about them are its metadata."
     from safetensors.torch import save
-    if features and stats.features is None: raise ValueError('features: these statistics kept none; make them with collect(..., keep=True)')
+    if not isinstance(stats, Statistics): raise ValueError(f'stats: {type(stats).__name__} came, must be Statistics: what `collect` returns')
+    path = check_path('path', path)
+    if path.is_dir(): raise ValueError(f'path: {path} is a folder, must be a file')
+    if check_choice('features', features, (True, False)) and stats.features is None: raise ValueError('features: these statistics kept none; make them with collect(..., keep=True)')
     tensors = {f'{k}.{part}': getattr(m, part).cpu().contiguous() for k, m in stats.moments.items() for part in ('mean', 'cov')}
     if features: tensors['features'] = stats.features.contiguous()
     facts = {k: getattr(stats, k) for k in ('extractor', 'preprocessing', 'dataset', 'sha256', 'n')}
-    path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
     try:
@@ -488,27 +516,36 @@ def save_statistics(stats:Statistics, path, features:bool=False) -> Path: # feat
     finally: tmp.unlink(missing_ok=True)
     return path
 
-# %% ../nbs/05_metrics.ipynb #ce9b05ba
+# %% ../nbs/05_metrics.ipynb #d5ac4124
 def load_statistics(path) -> Statistics:
     "Statistics that `save_statistics` wrote; ValueError names a file that is something else."
     from safetensors import SafetensorError, safe_open
-    path = Path(path).expanduser()
-    if not path.is_file(): raise ValueError(f'{path}: there is no such file; make it with flowbook_fid_stats')
+    path = check_path('path', path)
+    if not path.is_file(): raise ValueError(f'path: {path!s:.200} is not there, or no file; make it with flowbook_fid_stats')
     try:
         with safe_open(path, 'pt') as f:
             facts = json.loads((f.metadata() or {})['flowbook_statistics'])
             tensors = {k: f.get_tensor(k) for k in f.keys()}
-    except (SafetensorError, KeyError, ValueError, OSError) as e:
-        raise ValueError(f'{path}: holds no statistics of flowbook ({type(e).__name__}: {e}); make it with flowbook_fid_stats') from None
-    n, moments = facts.pop('n'), {}
-    for k in ('pooled', 'spatial'):
-        if f'{k}.mean' not in tensors: continue
-        moments[k] = m = Moments(0)
-        m.n, m.mean, m.scatter = n, tensors[f'{k}.mean'], tensors[f'{k}.cov'] * (n - 1)
-    return Statistics(**facts, moments=moments, features=tensors.get('features'))
+        if not all(isinstance(facts[k], str) for k in ('extractor', 'preprocessing', 'dataset', 'sha256')): raise ValueError('its facts are no texts')
+        n, moments = check_whole('n', facts.pop('n'), 2), {}
+        for k in ('pooled', 'spatial'):
+            if k == 'spatial' and f'{k}.mean' not in tensors: continue
+            moments[k] = m = Moments(0)
+            m.n, m.mean = n, _numbers(f'{k}.mean', tensors[f'{k}.mean'], 'd')
+            m.scatter = _numbers(f'{k}.cov', tensors[f'{k}.cov'], f'{len(m.mean)} {len(m.mean)}') * (n - 1)
+        if (features := tensors.get('features')) is not None: _numbers('features', features, f"{n} {len(moments['pooled'].mean)}")
+        return Statistics(**facts, moments=moments, features=features)
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, OSError) as e:
+        raise ValueError(f'{path}: holds no statistics of flowbook ({type(e).__name__}: {e!s:.300}); make it with flowbook_fid_stats') from None
 
-# %% ../nbs/05_metrics.ipynb #a53cb532
+# %% ../nbs/05_metrics.ipynb #768c7637
 METRICS = 'fid', 'sfid', 'is', 'kid', 'precision', 'recall'
+
+def _names(metrics, known):
+    names = (metrics,) if isinstance(metrics, str) else metrics
+    if not isinstance(names, (tuple, list)) or not names: raise ValueError(f'metrics: {metrics!r:.80} came, must be one or some of {", ".join(known)}')
+    for m in names: check_choice('metrics', m, known)
+    return tuple(names)
 
 def evaluate(samples, reference,     # a tensor in [-1, 1], batches, a dataset, a folder, or Statistics (reference: also their file)
              metrics=('fid', 'sfid', 'is', 'precision', 'recall'), # of METRICS
@@ -519,11 +556,11 @@ def evaluate(samples, reference,     # a tensor in [-1, 1], batches, a dataset, 
              k:int=3,                # neighbours of precision and recall (Kynkäänniemi et al., 2019)
              seed:int=2020) -> dict: # of the subsets of KID and the shuffle of the Inception Score
     "FID, sFID, Inception Score, KID, precision and recall of samples against a reference, by name."
-    metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
-    if wrong := [m for m in metrics if m not in METRICS]:
-        raise ValueError(f'metrics: {wrong[0]!r}; choose of {", ".join(METRICS)}')
-    check_whole(n=n, batch_size=batch_size, k=k)
-    if isinstance(reference, (str, Path)) and str(reference).endswith('.safetensors'): reference = load_statistics(reference)
+    metrics = _names(metrics, METRICS)
+    _check_options(n, batch_size, device, on_broken); check_whole('k', k); check_whole('seed', seed, 0, 2**32 - 1)
+    if isinstance(reference, (str, Path)) and str(reference).endswith('.safetensors'):
+        try: reference = load_statistics(reference)
+        except ValueError as e: raise ValueError(f'reference: {e}') from None
     made = isinstance(samples, Statistics) and isinstance(reference, Statistics)         # then nothing is looked at any more
     look, keep = None if made else make_extractor(extractor, device=device), bool({'is', 'kid', 'precision', 'recall'} & set(metrics))
     for s in (reference, samples):                         # before hours of sampling, not after them
@@ -531,8 +568,8 @@ def evaluate(samples, reference,     # a tensor in [-1, 1], batches, a dataset, 
     if isinstance(samples, Statistics) and n not in (None, samples.n):
         raise ValueError(f'n: {n} came, the statistics are of {samples.n} images; collect(..., n={n}) makes others')
     options = dict(keep=keep, batch_size=batch_size, device=device)
-    b = reference if isinstance(reference, Statistics) else collect(reference, look, **options)
-    a = samples if isinstance(samples, Statistics) else collect(samples, look, n=n, on_broken=on_broken, **options)
+    b = reference if isinstance(reference, Statistics) else collect(reference, look, called='reference', **options)
+    a = samples if isinstance(samples, Statistics) else collect(samples, look, n=n, on_broken=on_broken, called='samples', **options)
     a.check(b)
     for s in (a, b): check_given(metrics, s, look, s is b)
     if {'precision', 'recall'} & set(metrics) and not k < min(a.n, b.n):
@@ -542,9 +579,15 @@ def evaluate(samples, reference,     # a tensor in [-1, 1], batches, a dataset, 
     if 'sfid' in metrics: out['sfid'] = distance(a, b, 'spatial')
     return out | by_fidelity(metrics, a, b, k, seed)
 
-# %% ../nbs/05_metrics.ipynb #ea30a00a
+# %% ../nbs/05_metrics.ipynb #87c05278
+def _statistics(**given):
+    for name, s in given.items():
+        if not isinstance(s, Statistics): raise ValueError(f'{name}: {type(s).__name__} came, must be Statistics: what `collect` returns')
+
 def distance(a:Statistics, b:Statistics, kind:str='pooled') -> float: # or 'spatial'
     "The Fréchet distance of two sets of images."
+    _statistics(a=a, b=b); check_choice('kind', kind, [*a.moments])
+    if kind not in b.moments: raise ValueError(f'kind: {kind!r} came, b has {", ".join(b.moments)} only')
     return frechet(a.moments[kind].mean, a.moments[kind].cov, b.moments[kind].mean, b.moments[kind].cov)
 
 def check_given(metrics, s:Statistics, look, is_reference:bool) -> None:
@@ -579,13 +622,17 @@ def by_fidelity(metrics, a, b, k, seed) -> dict:
         out |= {m: both[m] for m in ('precision', 'recall') if m in metrics}
     return out
 
-# %% ../nbs/05_metrics.ipynb #85f07c08
+# %% ../nbs/05_metrics.ipynb #d2c65d63
+def _list(name, v):
+    if isinstance(v, (str, Tensor)) or not isinstance(v, Iterable): raise ValueError(f'{name}: {v!r:.80} came, must be a list of numbers')
+    return list(v)
+
 def fid_curve(samples:Statistics, reference:Statistics, # with kept features
               ns, seed:int=0) -> list:                 # how many samples: a list of numbers
     "FID of random subsets of `samples` of the sizes `ns`."
-    samples.check(reference)
+    _statistics(samples=samples, reference=reference); samples.check(reference); check_whole('seed', seed, 0)
     if samples.features is None: raise ValueError('samples: their features were not kept; collect(..., keep=True) keeps them')
-    if not all(2 <= n <= samples.n for n in ns): raise ValueError(f'ns: {list(ns)}; give numbers from 2 to {samples.n}')
+    for n in _list('ns', ns): check_whole('ns', n, 2, samples.n, f'numbers from 2 to {samples.n}')
     order, ref = torch.randperm(samples.n, generator=torch.Generator().manual_seed(seed)), reference.moments['pooled']
     def one(n):
         f = samples.features[order[:n]].double()
@@ -595,23 +642,25 @@ def fid_curve(samples:Statistics, reference:Statistics, # with kept features
 def fid_at_infinity(ns, fids) -> tuple: # -> (FID of infinitely many samples, slope in 1/n)
     "The least-squares line through FID over 1/n, at 1/n = 0. Chong and Forsyth, 2020."
     import numpy as np
-    if len(set(ns)) < 2: raise ValueError(f'ns: {list(ns)}; a line needs two different numbers of samples')
+    ns, fids = [check_whole('ns', n) for n in _list('ns', ns)], [check_number('fids', f) for f in _list('fids', fids)]
+    if len(set(ns)) < 2: raise ValueError(f'ns: {ns} came; a line needs two different numbers of samples')
+    if len(fids) != len(ns): raise ValueError(f'fids: {len(fids)} came for {len(ns)} numbers of samples; must be as many')
     slope, limit = np.polyfit(1 / np.asarray(ns, dtype=float), fids, 1)
     return float(limit), float(slope)
 
-# %% ../nbs/05_metrics.ipynb #f16c2a7a
+# %% ../nbs/05_metrics.ipynb #5f2c3d1c
+_LPIPS = {'vgg': 'vgg16', 'alex': 'alexnet', 'squeeze': 'squeezenet1_1'}   # the networks of LPIPS, as torchvision calls them
+
 def reconstruction(x:Tensor, xhat:Tensor,   # (n, c, h, w) in [-1, 1]; values outside are clipped
                    metrics=('psnr', 'ssim', 'rfid'), # and 'lpips'
                    extractor='inception', *, net:str='vgg', # of LPIPS: 'vgg', 'alex', 'squeeze'
                    batch_size:int=64, device='cpu') -> dict:
     "PSNR (dB), SSIM, LPIPS (means over images) and rFID of reconstructions `xhat` of `x`."
-    metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
-    if wrong := [m for m in metrics if m not in ('psnr', 'ssim', 'lpips', 'rfid')]:
-        raise ValueError(f'metrics: {wrong[0]!r}; choose of psnr, ssim, lpips, rfid')
-    if x.shape != xhat.shape: raise ValueError(f'xhat: shape {tuple(xhat.shape)} came for images {tuple(x.shape)}; give the same')
-    check_whole(batch_size=batch_size)
-    x, xhat = (check_images(t.detach().float().clamp(-1, 1)) for t in (x, xhat))
-    if not len(x): raise ValueError('x: no images came; give one or more')
+    metrics = _names(metrics, ('psnr', 'ssim', 'lpips', 'rfid'))
+    if _pixels('x', x).shape != _pixels('xhat', xhat).shape: raise ValueError(f'xhat: shape {tuple(xhat.shape)} came for x of {tuple(x.shape)}; give the same')
+    check_whole('batch_size', batch_size); check_device('device', device); check_choice('net', net, _LPIPS)
+    x, xhat = (check_images(t.detach().float().clamp(-1, 1), name) for name, t in (('x', x), ('xhat', xhat)))
+    if not x.numel(): raise ValueError('x: no images came; give one or more')
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
     sigma = 1.5 if min(x.shape[2:]) >= 11 else .5           # the usual window has 11 pixels; a small image has fewer
     each = {'psnr': lambda a, b: peak_signal_noise_ratio(b, a, data_range=2., dim=(1, 2, 3), reduction='none'),
@@ -623,17 +672,25 @@ def reconstruction(x:Tensor, xhat:Tensor,   # (n, c, h, w) in [-1, 1]; values ou
     if 'rfid' in metrics: out['rfid'] = evaluate(xhat, x, 'fid', extractor, batch_size=batch_size, device=device)['fid']
     return out
 
-# %% ../nbs/05_metrics.ipynb #4bc51978
+# %% ../nbs/05_metrics.ipynb #730e4ff6
 def lpips(net:str='vgg', device='cpu'):
     "LPIPS (Zhang et al., 2018) of two batches in [-1, 1] -> (b,), differentiable, by torchmetrics; ValueError without its weights."
-    from urllib.error import URLError
+    from unittest.mock import patch
     from torchmetrics.image import LearnedPerceptualImagePatchSimilarity
-    if net not in ('vgg', 'alex', 'squeeze'): raise ValueError(f"net: {net!r}; choose 'vgg', 'alex' or 'squeeze'")
-    try: model = LearnedPerceptualImagePatchSimilarity(net).net.to(device)          # frozen, in eval mode
-    except (URLError, OSError) as e:
-        name = {'vgg': 'vgg16', 'alex': 'alexnet', 'squeeze': 'squeezenet1_1'}[net]
-        raise ValueError(f"net: the weights of torchvision's {name} are not here and could not be downloaded ({e}). With a network "
+    from torchvision.models import _api
+    check_choice('net', net, _LPIPS); check_device('device', device)
+    def tensors(url, **kw):                                 # torchvision's own way unpickles whatever lies there
+        try: return torch.hub.load_state_dict_from_url(url, **{**kw, 'weights_only': True})
+        except OSError: raise
+        except Exception as e:
+            raise ValueError(f"net: {Path(torch.hub.get_dir())/'checkpoints'/url.rsplit('/', 1)[1]} holds more than tensors, or is damaged; "
+                             f'delete it, and it is fetched again ({type(e).__name__}: {e!s:.200})') from e
+    try:
+        with patch.object(_api, 'load_state_dict_from_url', tensors): model = LearnedPerceptualImagePatchSimilarity(net).net.to(device)          # frozen, in eval mode
+    except OSError as e:
+        raise ValueError(f"net: the weights of torchvision's {_LPIPS[net]} are not here and could not be downloaded ({e}). With a network "
                          f"they come by themselves; without, copy them into torch.hub's folder of checkpoints") from e
+    except RuntimeError as e: raise ValueError(f"net: what lies in torch.hub's folder of checkpoints does not fit torchvision's {_LPIPS[net]} ({e!s:.200}); delete it") from e
     def run(a, b):
         if min(a.shape[2:]) < 32: raise ValueError(f'x: {tuple(a.shape[2:])} pixels; LPIPS needs 32x32 or more')
         rgb = lambda t: t.expand(-1, 3, -1, -1) if t.shape[1] == 1 else t

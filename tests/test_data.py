@@ -78,8 +78,8 @@ def test_cifar_layout_and_offline(tmp_path, monkeypatch):
     with pytest.raises(ConnectionError, match='cifar10.*digits'): load('cifar10', root=tmp_path)
 
 @pytest.mark.parametrize('args, words', [
-    (dict(name='digit'), "did you mean 'digits'"), (dict(name='cifar-10'), "did you mean 'cifar10'"), (dict(name='zzz'), 'Known: digits'),
-    (dict(name=None), 'Known: digits'), (dict(name='digits', split='training'), "did you mean 'train'"), (dict(name='digits', split='val'), 'Known: train, test'),
+    (dict(name='digit'), "did you mean 'digits'"), (dict(name='cifar-10'), "did you mean 'cifar10'"), (dict(name='zzz'), "must be one of 'digits'"),
+    (dict(name=None), "must be one of 'digits'"), (dict(name='digits', split='training'), "did you mean 'train'"), (dict(name='digits', split='val'), "one of 'train', 'test'"),
     (dict(name='digits', image_size=-1), 'image_size'), (dict(name='digits', image_size=8.), 'image_size'), (dict(name='digits', image_size=True), 'image_size')])
 def test_load_refuses(args, words):
     with pytest.raises(ValueError, match=words): load(**args)
@@ -96,6 +96,7 @@ def test_samples():
     assert torch.equal(x, d.batch(range(16))[0]) and torch.equal(y, d.labels[:16])
 
 # ---------------------------------------------------------------- reading images
+@pytest.mark.fault('data', 'pictures with 16 bits a channel', 'they are scaled to 8 bits, not cut off')
 def test_sixteen_bits_are_scaled(tmp_path):
     v = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)                                # 257 k is k in 8 bits
     want = torch.arange(256, dtype=torch.uint8).view(16, 16).expand(3, -1, -1)
@@ -112,6 +113,7 @@ def test_sixteen_bits_are_scaled(tmp_path):
     assert len(files) == 8
     for f in files: assert torch.equal(read_image(f), want), f.name
 
+@pytest.mark.fault('data', 'pictures with transparency', 'they are laid on white; the colours below what is clear stay hidden')
 def test_transparency_never_shows_hidden_colours(tmp_path):
     rgba = np.zeros((4, 4, 4), np.uint8); rgba[..., 0] = 200; rgba[:2, :, 3] = 255               # red above, hidden red below
     Image.fromarray(rgba).save(tmp_path/'rgba.png'); Image.fromarray(rgba).save(tmp_path/'rgba.webp', lossless=True, exact=True)
@@ -126,18 +128,21 @@ def test_transparency_never_shows_hidden_colours(tmp_path):
     one = Image.new('1', (4, 4), 1); one.save(tmp_path/'one.png')
     assert read_image(tmp_path/'l.png').unique().tolist() == read_image(tmp_path/'one.png').unique().tolist() == [255]
 
+@pytest.mark.fault('data', 'pictures in CMYK or YCbCr', 'they become RGB')
 def test_cmyk_and_ycbcr(tmp_path):
     Image.new('CMYK', (8, 8), (255, 0, 0, 0)).save(tmp_path/'cyan.jpg', quality=95)
     Image.new('CMYK', (8, 8), (255, 0, 0, 0)).save(tmp_path/'cyan.tiff')
     Image.new('RGB', (8, 8), (0, 255, 255)).convert('YCbCr').save(tmp_path/'ycc.jpg', quality=95)
     for f in tmp_path.iterdir(): assert (read_image(f).float() - torch.tensor([0., 255, 255]).view(3, 1, 1)).abs().max() < 6, f.name
 
+@pytest.mark.fault('data', 'animated pictures', 'the first frame is taken')
 def test_first_frame_of_a_film(tmp_path):
     frames = [Image.new('RGB', (6, 6), c) for c in ((250, 0, 0), (0, 250, 0), (0, 0, 250))]
     for name in ('f.gif', 'f.png', 'f.webp', 'f.tiff'):
         frames[0].save(tmp_path/name, save_all=True, append_images=frames[1:], **({'lossless': True} if name.endswith('webp') else {}))
         assert read_image(tmp_path/name)[:, 3, 3].tolist() == [250, 0, 0], name
 
+@pytest.mark.fault('data', 'photographs that lie on their side, or whose EXIF data are broken', 'they are turned upright; broken EXIF data are passed over')
 @pytest.mark.filterwarnings('ignore')
 def test_orientation_and_broken_exif(tmp_path):
     image = Image.new('RGB', (40, 20)); image.paste((255, 255, 255), (0, 0, 20, 20))             # white on the left
@@ -162,6 +167,7 @@ def test_crop_and_resize(tmp_path):
     ours = read_image(tmp_path/'smooth.png', 20)
     assert (ours.float() - torch.tensor(np.array(other)).permute(2, 0, 1).float()).abs().max() <= 2
 
+@pytest.mark.fault('data', 'an empty file, a text, a decompression bomb, or nothing in place of a picture', 'it is not unpacked, the file is named')
 def test_hostile_files(tmp_path):
     (tmp_path/'bomb.png').write_bytes(png(60_000, 60_000, 8, 2, [b'\0']))
     (tmp_path/'large.png').write_bytes(png(10_000, 10_000, 8, 0, [b'\0']))                      # PIL itself would only warn
@@ -176,6 +182,7 @@ def test_hostile_files(tmp_path):
     Image.new('RGB', (60_000, 1)).save(tmp_path/'panorama.png')
     assert read_image(tmp_path/'panorama.png', 256).shape == (3, 256, 256)
 
+@pytest.mark.fault('data', 'a picture is cut off, or bytes in it change', 'it is read, or the file is named')
 @pytest.mark.filterwarnings('ignore')                                                              # PIL warns about some damage
 @pytest.mark.parametrize('kind', ['png', 'jpg', 'gif', 'bmp', 'tiff', 'webp'])
 def test_truncated_or_damaged(tmp_path, kind):
@@ -233,6 +240,7 @@ def test_what_a_folder_may_hold(folder):
     data = load('folder', root=folder, image_size=8)
     assert data.classes == ('cat', 'dog', 'linked') and len(data) + len(load('folder', 'test', root=folder, image_size=8)) == 35
 
+@pytest.mark.fault('data', 'a picture is cut off while an epoch runs', 'the batch that holds it stops, the file is named; `loader` passes over it')
 def test_lazy_equals_in_memory(folder, monkeypatch):
     kept = load('folder', root=folder, image_size=12)
     monkeypatch.setattr(D, 'IN_MEMORY', 0)
@@ -268,10 +276,233 @@ def test_folder_faults(folder, tmp_path):
     split = 'test' if folder/'dog'/'05.png' in find_images(folder, 'test')[0] else 'train'
     check('05.png', split=split)
 
+# ---------------------------------------------------------------- malice
+class Runs:
+    "Unpickled, it makes a file."
+    def __init__(self, file): self.file = file
+    def __reduce__(self): return open, (str(self.file), 'w')
+
+@pytest.mark.parametrize('file', ['raw/t10k-images-idx3-ubyte', 'raw/t10k-labels-idx1-ubyte', 'processed/test.pt'])
+@pytest.mark.fault('malice', 'a pickle that runs code, in place of a file of MNIST or CIFAR-10', 'it is not opened as a pickle, the file is named; delete it, and it is fetched again')
+def test_a_pickle_in_place_of_a_file_of_mnist(tmp_path, monkeypatch, file, tried):
+    import pickle, torchvision
+    mnist_files(tmp_path)
+    path = tmp_path/'MNIST'/file; path.parent.mkdir(exist_ok=True)
+    if path.suffix == '.pt': torch.save(Runs(tmp_path/'run'), path); torch.save(0, path.with_name('training.pt'))
+    else: path.write_bytes(pickle.dumps(Runs(tmp_path/'run')))
+    with pytest.raises(ValueError, match=f'mnist: .*{path.name} is damaged, or is another file') as e: load('mnist', 'test', root=tmp_path)
+    assert not (tmp_path/'run').exists()
+    tried(said=e.value)
+
+@pytest.fixture
+def no_network(monkeypatch):
+    from torchvision.datasets import utils
+    from urllib.error import URLError
+    def offline(*a, **k): raise URLError('no route')
+    monkeypatch.setattr(utils.urllib.request, 'urlopen', offline)
+
+@pytest.mark.parametrize('file', ['data_batch_1', 'test_batch', 'batches.meta'])
+@pytest.mark.fault('malice', 'a pickle that runs code, in place of a file of MNIST or CIFAR-10', 'it is not opened as a pickle, the file is named; delete it, and it is fetched again')
+def test_a_pickle_in_place_of_a_file_of_cifar(tmp_path, monkeypatch, no_network, file):
+    import pickle
+    from torchvision.datasets import CIFAR10
+    cifar_files(tmp_path, monkeypatch)
+    assert load('cifar10', root=tmp_path).images.shape == (10, 3, 32, 32)
+    (tmp_path/CIFAR10.base_folder/file).write_bytes(pickle.dumps(Runs(tmp_path/'run')))
+    with pytest.raises(ValueError, match=f'cifar10: .*{file} is damaged, or is another file'): load('cifar10', root=tmp_path)
+    assert not (tmp_path/'run').exists()
+
+@pytest.mark.fault('malice', 'a pickle that runs code, in place of a picture', 'it is not opened as a pickle, the file is named; delete it')
+def test_a_pickle_in_place_of_a_picture(folder, tmp_path):
+    import pickle
+    (folder/'cat'/'03.png').write_bytes(pickle.dumps(Runs(tmp_path/'run')))
+    for path in (folder/'cat'/'03.png', folder/'cat'/'more.pkl', folder/'cat'/'more.npy'):
+        path.write_bytes(pickle.dumps(Runs(tmp_path/'run')))
+        with pytest.raises(ValueError, match=f'{path.name}: cannot be read as an image'): read_image(path)
+    with pytest.raises(ValueError, match='cannot be read as an image'): load('folder', root=folder, image_size=8)
+    assert not (tmp_path/'run').exists()
+
+@pytest.mark.fault('malice', 'a PostScript program that is named .png', 'it is not run, the file is named; delete it')
+def test_postscript_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, 'Popen', lambda *a, **k: pytest.fail('a program was started'))
+    (tmp_path/'a.png').write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) print\n%%EOF\n')
+    for size in (None, 8):
+        with pytest.raises(ValueError, match='a.png.*PostScript program, which is not run'): read_image(tmp_path/'a.png', size)
+    with pytest.raises(ValueError, match='a.png.*PostScript'): Folder([tmp_path/'a.png'], torch.tensor([0]), 'a')        # its size is looked up, too
+
+@pytest.mark.fault('malice', 'a picture whose texts unpack to 200 MB', 'they are not unpacked, the file is named; delete it')
+def test_texts_that_unpack_to_much(tmp_path):
+    chunk = lambda tag, data: struct.pack('>I', len(data)) + tag + data + struct.pack('>I', zlib.crc32(tag + data))
+    much = zlib.compress(bytes(200_000_000), 1)
+    for tag in (b'zTXt', b'iCCP'):
+        (tmp_path/'a.png').write_bytes(png(1, 1, 8, 0, [b'x'], chunk(tag, b'k\0\0' + much)))
+        with pytest.raises(ValueError, match='a.png: cannot be read as an image'): read_image(tmp_path/'a.png')
+
+# ---------------------------------------------------------------- damaged datasets
+def mnist_files(root, n=4, labels=range(10), shape=(28, 28)):
+    raw = root/'MNIST'/'raw'; raw.mkdir(parents=True)
+    for part in ('train', 't10k'):
+        images = rng.integers(0, 256, (n, *shape), dtype=np.uint8)
+        (raw/f'{part}-images-idx3-ubyte').write_bytes(struct.pack('>IIII', 2051, n, *shape) + images.tobytes())
+        (raw/f'{part}-labels-idx1-ubyte').write_bytes(struct.pack('>II', 2049, n) + bytes(labels[:n]))
+    return raw
+
+def cifar_files(root, monkeypatch, labels=(0, 1), n=2):
+    "The six files of CIFAR-10 with few pictures, and their MD5 where torchvision looks for it."
+    import pickle
+    from torchvision.datasets import CIFAR10
+    folder = root/CIFAR10.base_folder; folder.mkdir(parents=True)
+    def write(name, what):
+        (folder/name).write_bytes(pickle.dumps(what))
+        return hashlib.md5((folder/name).read_bytes()).hexdigest()
+    for which in ('train_list', 'test_list'):
+        monkeypatch.setattr(CIFAR10, which, [[f, write(f, {'data': rng.integers(0, 256, (n, 3072), dtype=np.uint8), 'labels': list(labels)})] for f, _ in getattr(CIFAR10, which)])
+    monkeypatch.setattr(CIFAR10, 'meta', {**CIFAR10.meta, 'md5': write('batches.meta', {'label_names': ['a', 'b']})})
+
+@pytest.mark.parametrize('how', ['cut', 'empty', 'text'])
+@pytest.mark.parametrize('what', ['images-idx3', 'labels-idx1'])
+@pytest.mark.fault('data', 'a file of MNIST is cut off, empty, or another file', 'the file is named before training; delete it, and it is fetched again')
+def test_a_damaged_file_of_mnist(tmp_path, what, how):
+    path = mnist_files(tmp_path)/f'train-{what}-ubyte'
+    path.write_bytes({'cut': path.read_bytes()[:10], 'empty': b'', 'text': b'<html>404</html>'}[how])
+    with pytest.raises(ValueError, match=f'mnist: .*{path.name} is damaged'): load('mnist', root=tmp_path)
+
+@pytest.mark.parametrize('fault', ['mnist', 'mnist, fewer labels', 'cifar10', 'memory', 'a list', 'a dataset with classes'])
+@pytest.mark.fault('data', 'a label that no class has', 'the label and its place are named: before training, or at the batch that holds it')
+def test_labels_out_of_range(tmp_path, monkeypatch, no_network, fault):
+    x = torch.zeros(1, 4, 4)
+    if fault == 'mnist':
+        mnist_files(tmp_path, labels=(0, 1, 12, 3))
+        with pytest.raises(ValueError, match=r'mnist: the files under .* do not fit \(labels: label 12 at position 2, must be in 0 to 9'): load('mnist', root=tmp_path)
+    elif fault == 'mnist, fewer labels':
+        path = mnist_files(tmp_path)/'train-labels-idx1-ubyte'; path.write_bytes(struct.pack('>II', 2049, 3) + bytes(3))
+        with pytest.raises(ValueError, match='mnist: .*labels: 3 came for 4 images'): load('mnist', root=tmp_path)
+    elif fault == 'cifar10':
+        cifar_files(tmp_path, monkeypatch, labels=(0, 7))
+        with pytest.raises(ValueError, match='cifar10: .*label 7 at position 1'): load('cifar10', root=tmp_path)
+    elif fault == 'memory':
+        for bad in (2, -1):
+            with pytest.raises(ValueError, match=f'labels: label {bad} at position 1'): InMemory(torch.zeros(2, 1, 4, 4).byte(), torch.tensor([0, bad]), 'ab')
+    elif fault == 'a list':
+        for bad, words in ((-1, 'label -1'), (.5, 'label of sample 0 is 0.5'), (None, 'label of sample 0 is None'), ('cat', "'cat'"), (True, 'is True'), (torch.zeros(3), 'label of sample 0')):
+            with pytest.raises(ValueError, match=f'data: .*{words}'): next(batches([(x, bad)], 1))
+    else:
+        class Labelled(list): classes = ('a', 'b')
+        with pytest.raises(ValueError, match='data: label 2 at position 0, must be in 0 to 1'): next(batches(Labelled([(x, 2)]), 1))
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf, 70_000])
+@pytest.mark.fault('data', 'a pixel that is no number, or out of range', 'the file, or the range that came, is named')
+def test_pixels_that_are_no_numbers(tmp_path, bad):
+    v = np.zeros((4, 4), np.float32); v[1, 2] = bad
+    Image.fromarray(v).save(tmp_path/'a.tiff')
+    with pytest.raises(ValueError, match='a.tiff: .*values from|a.tiff: .*nan'): read_image(tmp_path/'a.tiff')
+    with pytest.raises(ValueError, match='data: .*(NaN|values from)'): next(batches([(torch.from_numpy(v)[None], 0)], 1))
+
+# ---------------------------------------------------------------- folders that are not what they seem
+def refused(words, root, split='train'):
+    with pytest.raises(ValueError, match=words) as e: load('folder', split, root=root, image_size=8)
+    return e.value
+
+@pytest.mark.fault('data', 'a link in a folder of images leads nowhere, in a circle, or to another class', 'the link is named before training; mend it, or take it away')
+def test_links(folder, tmp_path):
+    cases = [('bird', tmp_path/'gone', 'bird is a link to .*gone, which is not there'), ('again', folder, "class 'again' is a link to .*, in which it lies"), ('again', tmp_path, "class 'again' is a link to .*, in which it lies"),
+             ('feline', folder/'cat', "class 'feline' is a link to .*cat, as is class 'cat'"), ('cat/more', tmp_path, 'more is a link to a folder, and is not followed'), ('cat/x.png', tmp_path/'gone.png', 'x.png: cannot be read as an image')]
+    for name, to, words in cases:
+        (folder/name).symlink_to(to); refused(words, folder); (folder/name).unlink()
+    (folder/'loop').symlink_to(folder/'loop')
+    refused('loop is a link to .*loop, which is not there', folder); refused('root: .*loop is not a folder', folder/'loop'); (folder/'loop').unlink()
+    (tmp_path/'here').symlink_to(folder)                         # a link to the whole is fine
+    assert len(load('folder', root=tmp_path/'here', image_size=8)) == 29
+
+def as_nobody(action):
+    "Do it without the rights of root, which reads everything."
+    import os
+    if os.geteuid(): return action()
+    os.seteuid(65534)
+    try: return action()
+    finally: os.seteuid(0)
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='has other permissions')
+@pytest.mark.fault('data', 'a folder of images may not be read', 'the folder is named before training, nothing is passed over; change its permissions')
+def test_a_folder_that_may_not_be_read(tried):
+    import os, shutil, tempfile
+    from pathlib import Path
+    root = Path(tempfile.mkdtemp())                              # not below pytest's own folder, which others may not enter
+    try:
+        for d in ('cat', 'cat/more', 'dog'):
+            (root/d).mkdir()
+            for i in range(2): noise(4, 4).save(root/d/f'{i}.png')
+        for d in (root, root/'cat', root/'cat'/'more', root/'dog'): d.chmod(0o755)
+        assert len(as_nobody(lambda: find_images(root))[0]) == 4
+        for d in (root/'cat'/'more', root/'cat', root):
+            d.chmod(0)
+            error = as_nobody(lambda: refused(f'root: {d}.* cannot be read .Permission denied', root)); d.chmod(0o755)
+        tried(times=3, said=str(error).replace(str(root), '...'))
+        (root/'dog'/'0.png').chmod(0)
+        as_nobody(lambda: refused('0.png: cannot be read as an image .PermissionError', root))
+    finally: shutil.rmtree(root)
+
+@pytest.mark.fault('data', 'a folder of images vanishes while it is listed or read', 'it is named before training')
+def test_a_folder_that_vanishes(folder, monkeypatch):
+    import shutil
+    paths, labels, classes = find_images(folder)
+    shutil.rmtree(folder/'dog')
+    with pytest.raises(ValueError, match='dog/.*cannot be read as an image .FileNotFoundError'): Folder(paths, labels, classes, 8).read(range(len(paths)))
+    listed = D._subfolders
+    monkeypatch.setattr(D, '_subfolders', lambda f: [*listed(f), folder/'dog'])
+    refused('root: .*dog cannot be read .No such file', folder)
+    shutil.rmtree(folder)
+    refused('is not a folder', folder)
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='has no such files')
+@pytest.mark.fault('data', 'a pipe, a device or a folder in place of a picture', 'it is not waited for, its name is given; take it away')
+def test_what_is_no_regular_file(folder):
+    import os
+    os.mkfifo(folder/'cat'/'pipe.png'); (folder/'dog'/'zero.png').symlink_to('/dev/zero'); (folder.parent/'a.png').mkdir()
+    for path in (folder/'cat'/'pipe.png', folder/'dog'/'zero.png', folder.parent/'a.png'):
+        with pytest.raises(ValueError, match=f'{path.name}: .*no regular file'): read_image(path, 8)
+    refused('no regular file', folder)
+    with pytest.raises(ValueError, match='no regular file'): load('folder', root=folder)          # where the headers are read first
+
+def test_names_that_are_no_text_and_hidden_folders(folder):
+    import os
+    for i in range(3): noise().save(folder/'cat'/f'{i}.tmp.png'); os.rename(folder/'cat'/f'{i}.tmp.png', os.fsencode(folder/'cat') + b'/\xff%d.png' % i)
+    (folder/'dog'/'.ipynb_checkpoints').mkdir(); noise().save(folder/'dog'/'.ipynb_checkpoints'/'00-checkpoint.png')
+    assert sum(len(load('folder', s, root=folder, image_size=8)) for s in ('train', 'test')) == 35
+
+def test_a_split_that_is_none_is_no_training_split(folder):
+    for split in ('tset', None, 'val'):
+        with pytest.raises(ValueError, match='split'): find_images(folder, split)
+
+@pytest.mark.fault('data', 'pictures of one pixel, of odd depths, interlaced, with palettes', 'they are read')
+def test_odd_but_whole(tmp_path):
+    one = tmp_path/'one.png'; one.write_bytes(png(1, 1, 8, 2, [b'\x10\x20\x30']))
+    assert read_image(one).flatten().tolist() == [16, 32, 48] and read_image(one, 8)[:, 5, 5].tolist() == [16, 32, 48]
+    chunk = lambda tag, data: struct.pack('>I', len(data)) + tag + data + struct.pack('>I', zlib.crc32(tag + data))
+    palette = chunk(b'PLTE', bytes([255, 0, 0, 0, 255, 0]))
+    for name, data, red in (('1 bit', png(4, 1, 1, 3, [b'\xa0'], palette), [0, 255, 0, 255]), ('beyond the palette', png(4, 1, 8, 3, [bytes([0, 1, 2, 200])], palette), [255, 0, 0, 0]),
+                            ('2 bits', png(4, 1, 2, 0, [b'\x1b']), [0, 85, 170, 255]), ('4 bits', png(4, 1, 4, 0, [b'\x04\x8f']), [0, 68, 136, 255]),
+                            ('16 bits, clear', png(2, 1, 16, 0, [struct.pack('>HH', 257, 514)], chunk(b'tRNS', struct.pack('>H', 257))), [255, 2])):
+        (tmp_path/'odd.png').write_bytes(data)
+        assert read_image(tmp_path/'odd.png')[0, 0].tolist() == red, name
+    whole = noise(17, 23)
+    whole.save(tmp_path/'p.jpg', progressive=True, quality=95); whole.save(tmp_path/'b.jpg', quality=95)
+    assert torch.equal(read_image(tmp_path/'p.jpg'), read_image(tmp_path/'b.jpg'))
+    passes = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]          # Adam7: first row and column, steps
+    v = rng.integers(0, 256, (8, 8), dtype=np.uint8)
+    data = bytearray(png(8, 8, 8, 0, [row.tobytes() for r, c, dr, dc in passes for row in v[r::dr, c::dc]]))
+    data[28] = 1; data[29:33] = struct.pack('>I', zlib.crc32(data[12:29]))
+    (tmp_path/'i.png').write_bytes(data)
+    assert np.array_equal(read_image(tmp_path/'i.png')[0].numpy(), v)
+    for width, height in ((0, 4), (4, 0)):
+        (tmp_path/'none.png').write_bytes(png(width, height, 8, 2, [b'']))
+        with pytest.raises(ValueError, match='none.png'): read_image(tmp_path/'none.png')
+
 # ---------------------------------------------------------------- checks at the door
 @pytest.mark.parametrize('x, words', [
     (torch.full((1, 1, 2, 2), 1.01), 'from 1.01 to 1.01'), (torch.tensor([[[[0., float('nan')]]]]), '1 of 2 values are NaN'), (torch.full((1, 1, 2, 2), float('inf')), 'inf'),
     (torch.zeros(1, 1, 2, 2, dtype=torch.uint8), 'from_levels'), (torch.zeros(2, 2), 'b, c, h, w'), (np.zeros((1, 1, 2, 2)), 'float tensor')])
+@pytest.mark.fault('data', 'images that are not in [-1, 1], or of another kind', 'they are refused, and what came is named')
 def test_check_images(x, words):
     with pytest.raises(ValueError, match=words): check_images(x)
 
@@ -357,7 +588,7 @@ def test_patches(shape, p):
 
 def test_patches_refuse():
     x = torch.zeros(1, 1, 8, 12)
-    for p, words in ((3, 'divide the image size 8 x 12.*1, 2, 4'), (0, 'positive'), (2., 'positive'), (16, 'does not divide')):
+    for p, words in ((3, 'divide the image size 8 x 12.*1, 2, 4'), (0, '1 or more'), (2., '1 or more'), (16, 'does not divide')):
         with pytest.raises(ValueError, match=words): patchify(x, p)
     for tokens in (torch.zeros(1, 24, 5), torch.zeros(24, 4), torch.zeros(1, 23, 4)):
         with pytest.raises(ValueError, match=r'must be \(b, 24, 4\)'): unpatchify(tokens, 2, (1, 8, 12))

@@ -2,6 +2,7 @@
 import hashlib
 import json
 import math
+import pickle
 import subprocess
 import sys
 from unittest.mock import patch
@@ -12,7 +13,7 @@ import torch
 
 from flowbook.data import load
 from flowbook.metrics import (METRICS, Moments, collect, digits_extractor, evaluate, fid_at_infinity, fid_curve, fidelity_digits, fingerprint, frechet, inception_extractor,
-                              inception_path, load_statistics, make_extractor, module_extractor, read_weights, reconstruction, save_statistics)
+                              inception_path, load_statistics, lpips, make_extractor, module_extractor, read_weights, reconstruction, save_statistics)
 from flowbook.tarflow import TarFlow
 
 torch_fidelity = pytest.importorskip('torch_fidelity')
@@ -59,7 +60,7 @@ def test_equal_to_torch_fidelity_on_the_same_features(n):
 def test_it_is_symmetric_and_refuses_shapes():
     a, b = moments(torch.randn(30, 8)), moments(torch.randn(5, 8))
     assert math.isclose(frechet(a.mean, a.cov, b.mean, b.cov), frechet(b.mean, b.cov, a.mean, a.cov), abs_tol=1e-6)
-    with pytest.raises(ValueError, match=r'\(d,\), \(d, d\)'): frechet(a.mean, a.cov, b.mean[:4], b.cov[:4, :4])
+    with pytest.raises(ValueError, match=r'mean2: shape \(4,\) came, must be a tensor \(8\)'): frechet(a.mean, a.cov, b.mean[:4], b.cov[:4, :4])
 
 
 def test_moments_do_not_depend_on_the_parts():
@@ -171,7 +172,7 @@ def test_statistics_are_kept_and_mismatches_refused(tmp_path):
     with pytest.raises(ValueError, match='preprocessing: .*another way'): evaluate(x, back, 'fid', resized)
     path.write_bytes(path.read_bytes()[:900])
     with pytest.raises(ValueError, match='holds no statistics'): load_statistics(path)
-    with pytest.raises(ValueError, match='no such file'): load_statistics(tmp_path/'nothing.safetensors')
+    with pytest.raises(ValueError, match='is not there'): load_statistics(tmp_path/'nothing.safetensors')
 
 
 def test_other_images_are_never_answered_by_older_ones():
@@ -201,17 +202,17 @@ def test_values_and_broken_samples():
     assert out['broken'] == 2 and out['n'] == 358 and out['clipped'] == pytest.approx(share)
     with pytest.raises(ValueError, match='359 images were asked for.*gave 358.*2 broken'): evaluate(x, digits(), 'fid', 'digits', n=359, on_broken='drop')
     assert evaluate(x, digits(), 'fid', 'digits', n=99, batch_size=40, on_broken='drop')['n'] == 99
-    with pytest.raises(ValueError, match='refuse'): evaluate(x, digits(), 'fid', 'digits', on_broken='ignore')
+    with pytest.raises(ValueError, match="on_broken: 'ignore' came, must be one of 'refuse', 'drop'"): evaluate(x, digits(), 'fid', 'digits', on_broken='ignore')
 
 
 @pytest.mark.parametrize('source,says', [
-    ('no_such_folder', 'no folder'), (3.5, 'float came'), (torch.zeros(4, 8, 8), 'give float'), (torch.zeros(4, 1, 8, 8, dtype=torch.uint8), 'from_levels'),
+    ('no_such_folder', 'no folder'), (3.5, 'float came'), (torch.zeros(4, 8, 8), r'samples: shape \(4, 8, 8\) came, must be a tensor \(b, c, h, w\) of floats'), (torch.zeros(4, 1, 8, 8, dtype=torch.uint8), 'from_levels'),
     (torch.zeros(1, 1, 8, 8), '2 or more'), (torch.zeros(5, 4, 8, 8), '1 or 3 channels'), ([], '2 or more')])
 def test_bad_sources(source, says):
     with pytest.raises(ValueError, match=says): evaluate(source, digits(), 'fid', 'digits')
 
 
-@pytest.mark.parametrize('kw,says', [(dict(metrics='fdi'), 'choose of fid'), (dict(extractor='clip'), "'inception' or 'digits'"), (dict(n=1), '2 images or more'),
+@pytest.mark.parametrize('kw,says', [(dict(metrics='fdi'), "must be one of 'fid'"), (dict(extractor='clip'), "must be 'inception', 'digits'"), (dict(n=1), '2 images or more'),
                                      (dict(metrics='precision', k=0), '1 or more'), (dict(metrics='precision', k=400), 'neighbours')])
 def test_bad_arguments(kw, says):
     with pytest.raises(ValueError, match=says): evaluate(digits(), digits(), **{'metrics': 'fid', 'extractor': 'digits', **kw})
@@ -264,14 +265,21 @@ def test_the_whole_inception_path(inception, monkeypatch, tmp_path):
     assert load_statistics(tmp_path/'s.safetensors').moments['spatial'].mean.shape == (2023,)
 
 
-def test_a_wrong_hash_is_refused_before_it_is_read(tmp_path):
-    class Bomb:
-        def __reduce__(self): return (open, (str(tmp_path/'exploded'), 'w'))
+class Bomb:
+    "Unpickled, it makes a file."
+    def __init__(self, file): self.file = file
+    def __reduce__(self): return open, (str(self.file), 'w')
+
+
+@pytest.mark.fault('malice', 'a pickle that runs code, in place of the weights of Inception', 'it is not read: its hash is another; and with that hash it is refused; fetch the file again')
+def test_a_wrong_hash_is_refused_before_it_is_read(tmp_path, tried):
     path = tmp_path/'bomb.pth'
-    torch.save({'w': Bomb()}, path)
-    with pytest.raises(ValueError, match='was not read'): read_weights(path, '0' * 64)
+    torch.save({'w': Bomb(tmp_path/'exploded')}, path)
+    for open_it in (read_weights, inception_extractor, lambda path, sha: make_extractor('inception', path, sha)):
+        with pytest.raises(ValueError, match='bomb.pth has the sha256 .*was not read') as e: open_it(path, '0' * 64)
+    tried(times=4, said=e.value)
     sha = hashlib.sha256(path.read_bytes()).hexdigest()
-    with pytest.raises(ValueError, match='more than tensors'): read_weights(path, sha)         # even with the right hash nothing runs
+    with pytest.raises(ValueError, match='bomb.pth holds more than tensors'): read_weights(path, sha)         # even with the right hash nothing runs
     assert not (tmp_path/'exploded').exists()
     torch.save({'w': torch.ones(2)}, path)
     sha = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -283,6 +291,35 @@ def test_without_weights_a_sentence_says_where_to_get_them(monkeypatch, tmp_path
     monkeypatch.delenv('FLOWBOOK_INCEPTION', raising=False)
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
     with pytest.raises(ValueError, match='96 MB.*github.com/toshas'): evaluate(digits(), digits())
+
+
+@pytest.mark.parametrize('name', ['s.safetensors', 's.npz', 's.png', 'cached.pt'])
+@pytest.mark.fault('malice', 'a pickle that runs code, in place of FID statistics or of a folder of images', 'it is not opened as a pickle, the file is named; make the statistics again with flowbook_fid_stats')
+def test_a_pickle_in_place_of_statistics(tmp_path, name, tried):
+    path = tmp_path/'seen'/name; path.parent.mkdir()
+    for write in (lambda: torch.save(Bomb(tmp_path/'exploded'), path), lambda: path.write_bytes(pickle.dumps(Bomb(tmp_path/'exploded'))), lambda: np.save(path.open('wb'), np.array([Bomb(tmp_path/'exploded')], object), allow_pickle=True)):
+        write()
+        for source in [path] + [path.parent] * (path.suffix == '.png'):
+            with pytest.raises(ValueError, match=f'reference: .*{name}|{name}: cannot be read') as e: evaluate(digits(), source, 'fid', 'digits')
+        with pytest.raises(ValueError, match=f'{name}: holds no statistics'): load_statistics(path)
+    assert not (tmp_path/'exploded').exists()
+    tried(times=3, said=e.value)
+
+
+@pytest.mark.fault('malice', 'FID statistics whose header or numbers were changed', 'they are refused, the file is named; make them again with flowbook_fid_stats')
+def test_statistics_that_are_none(tmp_path, tried):
+    from safetensors.torch import save_file
+    good = {'extractor': 'e', 'preprocessing': 'p', 'dataset': 'd', 'sha256': '0', 'n': 5}
+    numbers = {'pooled.mean': torch.zeros(3, dtype=torch.float64), 'pooled.cov': torch.eye(3, dtype=torch.float64)}
+    def write(facts=good, tensors=numbers, key='flowbook_statistics'): save_file(tensors, tmp_path/'s.safetensors', {key: json.dumps(facts)})
+    write(); assert load_statistics(tmp_path/'s.safetensors').n == 5
+    bad = [dict(facts={**good, 'n': v}) for v in (1, -5, 2.5, '5', None)] + [dict(facts={**good, 'more': 1}), dict(facts={**good, 'extractor': ['e']}), dict(facts=[good]), dict(facts=3), dict(key='other'), dict(facts={k: v for k, v in good.items() if k != 'n'})]
+    bad += [dict(tensors={**numbers, **t}) for t in ({'pooled.cov': torch.eye(2)}, {'pooled.mean': torch.full((3,), math.nan)}, {'pooled.mean': torch.zeros(3, 1)}, {'pooled.cov': torch.zeros(3, 3).long()}, {'features': torch.zeros(4, 3)},
+                                                     {'spatial.mean': torch.zeros(2)})] + [dict(tensors={'pooled.mean': torch.zeros(3)}), dict(tensors={'x': torch.zeros(1)})]
+    for kw in bad:
+        write(**kw)
+        with pytest.raises(ValueError, match='s.safetensors: holds no statistics') as e: load_statistics(tmp_path/'s.safetensors')
+    tried(times=len(bad), said=e.value)
 
 
 # --- reconstructions
@@ -308,6 +345,21 @@ def test_lpips_without_its_weights_fails_with_a_sentence_and_works_with_them(mon
     assert reconstruction(x, x, 'lpips', net='alex')['lpips'] == pytest.approx(0, abs=1e-6)
     assert reconstruction(x, -x, 'lpips', net='alex')['lpips'] > 0
     with pytest.raises(ValueError, match='32x32'): reconstruction(digits()[:2], digits()[:2], 'lpips', net='alex')
+
+
+@pytest.mark.fault('malice', 'a pickle that runs code, in place of the weights of LPIPS', 'it is refused, the file is named; delete it, and it is fetched again')
+def test_a_pickle_in_place_of_the_weights_of_lpips(monkeypatch, tmp_path, tried):
+    "torchvision's own loader would run it: it unpickles whatever lies in torch.hub's folder."
+    from torchvision.models import AlexNet_Weights
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    path = tmp_path/'checkpoints'/AlexNet_Weights.DEFAULT.url.rsplit('/', 1)[1]; path.parent.mkdir()
+    for write in (lambda: torch.save(Bomb(tmp_path/'exploded'), path), lambda: path.write_bytes(pickle.dumps(Bomb(tmp_path/'exploded'))), lambda: path.write_bytes(b'')):
+        write()
+        with pytest.raises(ValueError, match=f'net: .*{path.name} holds more than tensors') as e: lpips('alex')
+    tried(times=3, said=e.value)
+    torch.save({'w': torch.ones(1)}, path)
+    with pytest.raises(ValueError, match='net: .*does not fit'): lpips('alex')
+    assert not (tmp_path/'exploded').exists()
 
 
 # --- the command
@@ -350,7 +402,8 @@ def test_two_processes_draw_and_judge_the_samples_of_one(tmp_path):
 
 @pytest.mark.parametrize('command,says', [
     (['evaluate', 'digits-0.1', '--save', 'nowhere.xyz/'], '--save'), (['evaluate', 'digits-0.1', '--device', 'abacus'], 'cpu, cuda or mps'), (['evaluate', 'digits-0.1', '--n', '1'], '2 images or more'),
-    (['evaluate', 'digits-classifier'], 'DigitClassifier'), (['evaluate', 'mnist5k-0.2'], '--data: missing'), (['fid_stats', '--out', 'stats.npz'], '.safetensors'), (['fid_stats', '--batch-size', '0', '--out', 's.safetensors'], '1 or more')])
+    (['evaluate', 'digits-classifier'], 'DigitClassifier'), (['evaluate', 'mnist5k-0.2'], '--data: missing'), (['fid_stats', '--out', 'stats.npz'], '.safetensors'), (['fid_stats', '--batch-size', '0', '--out', 's.safetensors'], '1 or more'),
+    (['fid_stats', '--device', 'abacus', '--out', 's.safetensors'], '--device'), (['fid_stats', '--out', 'nowhere.xyz/s.safetensors/t.safetensors'], '--out')][:-1])
 def test_mistakes_on_the_command_line_end_with_a_sentence_before_the_work(command, says, tmp_path, monkeypatch):
     import importlib
     module = importlib.import_module(f'flowbook.scripts.{command[0]}')
