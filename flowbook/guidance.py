@@ -88,10 +88,11 @@ def inverse_blocks(flow:TarFlow, z:Tensor, y=None, guidance:Guidance=None): # z 
             yield t, z
     return stream(z)
 
-# %% ../nbs/08_guidance.ipynb #b1973c6f
+# %% ../nbs/08_guidance.ipynb #116f8fc4
 def check_guided(flow, z, y, guidance) -> None:
     "ValueError for what cannot be inverted with guidance."
-    check_module('flow', flow, BlockFlow); check_module('guidance', guidance, Guidance)
+    check_module('flow', flow, BlockFlow)
+    if not isinstance(guidance, Guidance): raise ValueError(f'guidance: {guidance!r} came; give None, or for instance ClassGuidance(1.)')
     check_tokens(flow, z, 'z'); check_y(y, flow.classes, len(z)); guidance.check(flow, y)
 
 def inverse_block(block, z, y, guidance, t, blocks):                     # (b, n, d) -> (b, n, d)
