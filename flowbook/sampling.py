@@ -9,7 +9,7 @@ __all__ = ['FAST', 'HEADS', 'WINDOWS', 'PLANS', 'naive_inverse', 'GrowingCache',
            'residual', 'calibrate', 'kept_passes', 'pass_seconds', 'pick_windows', 'predicted', 'timed', 'latents',
            'labels_of', 'samples', 'noise_of', 'on_card', 'broken_ones', 'redrawn', 'sample', 'walk_graph', 'plain_nll']
 
-# %% ../nbs/09_sampling.ipynb #2dcb2d3b
+# %% ../nbs/09_sampling.ipynb #87c39613
 import copy, math, sys, time, warnings, weakref
 from typing import NamedTuple
 import torch
@@ -17,10 +17,10 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from .data import check_choice, check_number, check_whole, keyed, unpatchify
 from .denoise import denoise as remove_noise
-from .flows import Flow, check_generator, check_module, count_and_labels, normal_log_prob
+from .flows import Flow, check_generator, check_module, check_y, count_and_labels, normal_log_prob
 from .guidance import Guidance, check_guided, guided_inverse, inverse_block
 from .noise import is_broken
-from .tarflow import Layer, TarBlock, TarFlow, check_tau
+from .tarflow import BlockFlow, Layer, TarBlock, TarFlow, check_tau
 
 # %% ../nbs/09_sampling.ipynb #faf5d490
 # Axis legend of this module: n positions, b batch, rows b or 2b (both passes of guidance), m positions of a window, s positions so far,
@@ -363,18 +363,18 @@ def residual(flow:TarFlow, z:Tensor, stages:list, y=None, guidance:Guidance=None
             z = stage.tokens
     return out
 
-# %% ../nbs/09_sampling.ipynb #9c5e562a
+# %% ../nbs/09_sampling.ipynb #b378c140
 WINDOWS = (1, 4, 16, 64, 256)            # and n, which is Jacobi's
 
 def calibrate(flow:TarFlow, y=None, guidance:Guidance=None, tol:float=1e-5, b:int=8, seed:int=0) -> dict:
     "How many passes every block needs with every window, on `b` samples; kept in the card, and so saved with the model."
-    check_whole('b', b); check_whole('seed', seed, 0)
-    _check(flow, flow.draw(0) if isinstance(flow, Flow) else None, None if y is None else y[:0] if isinstance(y, Tensor) else y, guidance, tol, None)
+    check_module('flow', flow, BlockFlow); check_whole('b', b); check_whole('seed', seed, 0); check_y(y, flow.classes)
     n, T = flow.z_shape[0], len(flow.blocks)
     g, windows = guidance or Guidance(), sorted({w for w in WINDOWS if w < n} | {n})
     y = y if y is not None or not flow.classes else torch.arange(b) % flow.classes
     b = b if y is None else len(y)
     z, like = flow.draw(b, torch.Generator().manual_seed(seed)), next(flow.parameters())
+    _check(flow, z, y, guidance, tol, None)
     y = None if y is None else y.to(like.device)
     table = []                                                                         # block T first
     with torch.inference_mode():
