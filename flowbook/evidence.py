@@ -5,19 +5,21 @@
 # %% auto #0
 __all__ = ['BUDGETS', 'STATES', 'EXPERIMENTS', 'CHAPTERS', 'Summary', 'numbers', 'summary', 'plot_seeds', 'rule', 'Comparison',
            'compare', 'thresholds', 'check_seeds', 'power', 'detectable', 'power_statement', 'Verdict', 'identity',
-           'lower', 'all_of', 'Experiment', 'experiment', 'as_json', 'registry', 'find', 'refuse_nan', 'provenance',
-           'results_dir', 'result_path', 'write_atomic', 'read_result', 'difference', 'check_same', 'seed_list',
-           'command', 'run_each', 'run', 'load_result', 'per_seed', 'verdicts', 'judge_t1', 'known_flows',
-           'change_of_variables', 'judge_exact', 'flow_errors', 'exact_flow', 'judge_t4', 'as_maf', 'maf_limit',
-           'param_count', 'free_count', 'match_width', 'fit_best', 'families', 'judge_t5', 'bits_per_dim']
+           'lower', 'all_of', 'Experiment', 'experiment', 'as_json', 'registry', 'check_name', 'find', 'refuse_nan',
+           'provenance', 'results_dir', 'result_path', 'as_file', 'write_atomic', 'read_result', 'difference',
+           'check_same', 'seed_list', 'command', 'run_each', 'run', 'load_result', 'per_seed', 'verdicts', 'judge_t1',
+           'known_flows', 'change_of_variables', 'judge_exact', 'flow_errors', 'exact_flow', 'judge_t4', 'as_maf',
+           'maf_limit', 'param_count', 'free_count', 'match_width', 'fit_best', 'families', 'judge_t5', 'bits_per_dim']
 
-# %% ../nbs/03_evidence.ipynb #3b93dd3b
+# %% ../nbs/03_evidence.ipynb #629d2be0
 import datetime, difflib, importlib, itertools, json, math, os, platform, tempfile, time
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 import torch
+from .data import check_choice, check_number, check_whole
+from .flows import as_folder
 
 # %% ../nbs/03_evidence.ipynb #b3ae31a1
 # Axis legend of this module: b batch, n seeds in the statistics, d dimensions, c h w image.
@@ -34,10 +36,11 @@ class Summary(NamedTuple):
         if self.n == 1: return f'{self.mean:.4g} (n=1)'
         return f'{self.mean:.4g} ± {self.sd:.2g} (n={self.n}, {self.low:.4g}..{self.high:.4g})'
 
-# %% ../nbs/03_evidence.ipynb #fc68be7b
+# %% ../nbs/03_evidence.ipynb #4a0f41ae
 def numbers(values, name:str='values') -> list:
     "A flat list of finite floats, or a ValueError that names what was wrong."
-    out = [float(v) for v in values]
+    try: out = [float(v + 0.) for v in values]               # to a text nothing can be added
+    except (TypeError, ValueError, RuntimeError): raise ValueError(f'{name}: {str(values)[:80]} came; give one number a seed') from None
     if not out: raise ValueError(f'{name}: none were given; give one number a seed')
     for i, v in enumerate(out):
         if not math.isfinite(v):
@@ -52,12 +55,14 @@ def summary(values # numbers, one a seed
     sd = math.sqrt(math.fsum((x - mean)**2 for x in v) / (len(v) - 1)) if len(v) > 1 else 0.
     return Summary(mean, sd, len(v), min(v), max(v))
 
-# %% ../nbs/03_evidence.ipynb #f972718a
+# %% ../nbs/03_evidence.ipynb #e0ef8dbf
 def plot_seeds(ax,            # matplotlib axes
                groups:dict,   # {name: numbers, one a seed}
                ylabel:str='', paired:bool=True): # join the dots of one seed
     "A dot for each seed, a bar for the mean; grey lines join equal seeds. Readable without colour."
-    values = [numbers(v, k) for k, v in groups.items()]
+    if not hasattr(ax, 'plot'): raise ValueError(f'ax: {type(ax).__name__} came; give axes of matplotlib')
+    if not isinstance(groups, dict) or not groups: raise ValueError(f'groups: {groups!r} came; give {{name: numbers, one a seed}}')
+    values = [numbers(v, f'groups: {k}') for k, v in groups.items()]
     if paired and len({len(v) for v in values}) > 1:
         have = [len(v) for v in values]
         raise ValueError(f'groups: {have} seeds; paired dots need equally many, otherwise give paired=False')
@@ -72,13 +77,15 @@ def plot_seeds(ax,            # matplotlib axes
     ax.set_xticks(range(len(values)), list(groups)); ax.set_xlim(-.5, len(values) - .5); ax.set_ylabel(ylabel)
     return ax
 
-# %% ../nbs/03_evidence.ipynb #9ba68730
+# %% ../nbs/03_evidence.ipynb #d5bae199
 def rule(d # (..., n) differences a - b, one a seed
         ):
     "The direction that n paired seeds allow us to claim: -1 (a < b), 1 (a > b) or 0 (not seen)."
     import numpy as np
     from scipy.stats import t
-    d = np.asarray(d, dtype=float)
+    try: d = np.asarray(d, dtype=float)
+    except (TypeError, ValueError): raise ValueError(f'd: {type(d).__name__} came; give an array (..., n) of differences') from None
+    if not d.ndim or not np.isfinite(d).all(): raise ValueError(f'd: shape {d.shape} came, with {int((~np.isfinite(d)).sum())} numbers that are not finite; give an array (..., n) of differences')
     n = d.shape[-1]
     if n < 3: return np.zeros(d.shape[:-1], dtype=int)
     mean, half = d.mean(-1), t.ppf(.975, n - 1) * d.std(-1, ddof=1) / n**.5
@@ -122,16 +129,14 @@ def thresholds(n:int, sims:int=200_000):
     need = t.ppf(.975, n - 1) * z.std(1, ddof=1) / n**.5 - z.mean(1)
     return np.sort(np.maximum(need, -np.sort(z, 1)[:, n // 5]))   # n // 5 dissenters are allowed
 
-# %% ../nbs/03_evidence.ipynb #e3e7c996
-def check_seeds(n:int) -> None:
-    if n != int(n) or n < 3: raise ValueError(f'n: {n}; the rule needs 3 seeds or more')
+# %% ../nbs/03_evidence.ipynb #31b401c9
+def check_seeds(n:int) -> None: check_whole('n', n, 3, 200, what='3 seeds or more, the rule needs them, and 200 at most, for the memory of the simulation')
 
 def power(effect:float, # true mean difference
           sd:float,     # standard deviation of the differences
           n:int) -> float:
     "How often n seeds show an effect in its right direction, by the rule of this book."
-    check_seeds(n)
-    if not sd > 0: raise ValueError(f'sd: {sd}; a spread is positive')
+    check_number('effect', effect); check_number('sd', sd, 0, above=True); check_seeds(n)
     return float((thresholds(n) < abs(effect) / sd).mean())
 
 def detectable(sd:float,       # standard deviation of the differences
@@ -140,17 +145,18 @@ def detectable(sd:float,       # standard deviation of the differences
               ) -> float:
     "The smallest true difference that the rule sees with this power: simulated, with a fixed seed."
     import numpy as np
-    check_seeds(n)
-    if not (sd >= 0 and math.isfinite(sd)): raise ValueError(f'sd: {sd}; a spread is 0 or more')
-    if not 0 < power < 1: raise ValueError(f'power: {power}; it lies between 0 and 1')
+    check_number('sd', sd, 0); check_seeds(n); check_number('power', power, 0, 1, above=True, below=True)
     return sd * float(np.quantile(thresholds(n), power))
 
-# %% ../nbs/03_evidence.ipynb #3fc03118
+# %% ../nbs/03_evidence.ipynb #d7dcf8b3
 def power_statement(c:Comparison,      # what `compare` gave
                     unit:str='',       # of the difference: 'bits/dim'
                     steps:int|None=None, # of each training, if there was one
                     power:float=.8) -> str:
     "What these seeds and steps could have shown: goes with every 'not seen'."
+    if not isinstance(c, Comparison): raise ValueError(f'c: {type(c).__name__} came; give what `compare` gave')
+    check_number('power', power, 0, 1, above=True, below=True)
+    if steps is not None: check_whole('steps', steps, 0)
     u, st = f' {unit}' if unit else '', f' of {steps:,} steps' if steps else ''
     if c.n < 3: return f'{c.n} seed{"s" * (c.n > 1)}{st} cannot show a direction: the rule needs 3.'
     from scipy.stats import chi2
@@ -172,12 +178,13 @@ class Verdict(NamedTuple):
     state: str
     reason: str
 
-# %% ../nbs/03_evidence.ipynb #c15992e8
+# %% ../nbs/03_evidence.ipynb #92fd10b3
 def identity(error:float,     # largest error measured
              tolerance:float, # what the claim allows
              what:str) -> Verdict:
     "The verdict on an identity: it needs no seeds, only a tolerance and the error."
-    state = 'exact' if error <= tolerance else 'failed'
+    if not (isinstance(error, float) and not math.isfinite(error)): check_number('error', error)     # what broke is a finding: failed
+    state = 'exact' if error <= check_number('tolerance', tolerance, 0) else 'failed'
     return Verdict(state, f'{what}: largest error {error:.1e}, tolerance {tolerance:.0e}')
 
 def lower(a, b,               # numbers, one a seed
@@ -185,6 +192,7 @@ def lower(a, b,               # numbers, one a seed
           unit:str='', steps:int|None=None) -> Verdict:
     "The verdict on the claim that a is lower than b."
     c = compare(a, b)
+    if not isinstance(names, (tuple, list, str)) or len(names) != 2: raise ValueError(f'names: {names!r} came; give two, of a and of b')
     said = f'{names[0]} {summary(a).mean:.4g}, {names[1]} {summary(b).mean:.4g}{" " * bool(unit)}{unit}'
     if c.n < 3: return Verdict('not judged', f'{said}; {power_statement(c, unit, steps)}')
     if c.verdict == 'not seen': return Verdict('not seen', f'{said}; {power_statement(c, unit, steps)}')
@@ -194,6 +202,7 @@ def lower(a, b,               # numbers, one a seed
 def all_of(*verdicts:Verdict) -> Verdict:
     "A claim made of several: as good as the weakest of them."
     order = 'failed', 'reversed', 'not judged', 'not seen', 'seen', 'exact'
+    if not verdicts or not all(isinstance(v, Verdict) and v.state in order for v in verdicts): raise ValueError(f'verdicts: {verdicts!r} came; give one or more, as `identity` and `lower` make them')
     return Verdict(min((v.state for v in verdicts), key=order.index), '; '.join(v.reason for v in verdicts))
 
 # %% ../nbs/03_evidence.ipynb #909305df
@@ -208,7 +217,7 @@ class Experiment:
     config: dict                    # budget -> configuration
     verdict: Callable|None = field(default=None, repr=False)
 
-# %% ../nbs/03_evidence.ipynb #38d60b4a
+# %% ../nbs/03_evidence.ipynb #a757b38d
 EXPERIMENTS = {}
 CHAPTERS = 'evidence', 'denoise', 'guidance', 'classify', 'repa', 'latent', 'simflow', 'scripts.demo'  # the modules that register experiments
 
@@ -218,11 +227,13 @@ def experiment(name:str, claims:tuple=(), title:str='',
                verdict=None):       # per-seed results -> {claim: Verdict}
     "Register a function (seed, budget) -> dict of numbers as an experiment."
     seeds = {'smoke': 1} if seeds is None else seeds
+    check_name(name)
+    if not isinstance(claims, (tuple, list)) or not all(isinstance(c, str) for c in claims):
+        raise ValueError(f'claims: {claims!r} was given; give a tuple of texts, for instance (\'T1\',)')
+    if not isinstance(seeds, dict): raise ValueError(f'seeds: {seeds!r} came; give {{budget: how many seeds}}')
     config = {b: {} for b in seeds} if config is None else config
-    if not name or not name.replace('_', 'a').isalnum():
-        raise ValueError(f'name: {name!r}; it becomes a file name: letters, digits and _')
-    if isinstance(claims, str):
-        raise ValueError(f'claims: the text {claims!r} was given; give a tuple, ({claims!r},)')
+    if not isinstance(config, dict): raise ValueError(f'config: {config!r} came; give {{budget: configuration}}')
+    if verdict is not None and not callable(verdict): raise ValueError(f'verdict: {verdict!r} came; give a function: results of the seeds -> {{claim: Verdict}}')
     for b in (*seeds, *config):
         if b not in BUDGETS: raise ValueError(f'seeds, config: budget {b!r}; choose of {", ".join(BUDGETS)}')
     if 'smoke' not in seeds:
@@ -230,16 +241,19 @@ def experiment(name:str, claims:tuple=(), title:str='',
     if set(config) != set(seeds):
         raise ValueError(f'config: budgets {sorted(config)}, but seeds has {sorted(seeds)}; '
                          'give one configuration for each')
+    for n in seeds.values(): check_whole('seeds', n)
+    try: config = as_json(config)
+    except (TypeError, ValueError) as e: raise ValueError(f'config: {e}; give what JSON can hold') from None
     def register(f):
         old = EXPERIMENTS.get(name)
         if old and old.function.__name__ != f.__name__:      # the same function again: a cell was run twice
             owner = f'{old.function.__module__}.{old.function.__name__}'
             raise ValueError(f'name: {name!r} is taken by {owner}; choose another')
-        EXPERIMENTS[name] = Experiment(name, f, tuple(claims), title, dict(seeds), as_json(config), verdict)
+        EXPERIMENTS[name] = Experiment(name, f, tuple(claims), title, dict(seeds), config, verdict)
         return f
     return register
 
-# %% ../nbs/03_evidence.ipynb #7d944b36
+# %% ../nbs/03_evidence.ipynb #8801776d
 def as_json(value):
     "`value` as it comes back from a JSON file: tuples become lists, keys text."
     return json.loads(json.dumps(value, allow_nan=False))
@@ -253,8 +267,13 @@ def registry() -> dict:
                               f'but flowbook.{module} cannot be imported: {e}') from e
     return EXPERIMENTS
 
+def check_name(name) -> str:
+    if isinstance(name, str) and name.replace('_', 'a').isalnum(): return name
+    raise ValueError(f'name: {name!r}; it becomes a file name: letters, digits and _')
+
 def find(name:str) -> Experiment:
     "The experiment called `name`, or a ValueError with the nearest names."
+    check_name(name)
     known = registry()
     if name in known: return known[name]
     near = difflib.get_close_matches(name, known, 3, 0) or list(known)
@@ -288,7 +307,7 @@ def provenance(budget:str) -> dict:
     return {'device': device, 'threads': torch.get_num_threads(), 'date': datetime.date.today().isoformat(),
             'versions': versions}
 
-# %% ../nbs/03_evidence.ipynb #9358efd8
+# %% ../nbs/03_evidence.ipynb #6879bd3b
 def results_dir() -> Path:
     "nbs/results of the checkout that the current folder lies in; under the current folder otherwise."
     here = Path.cwd()
@@ -296,35 +315,47 @@ def results_dir() -> Path:
     return next((f for f in folders if f.is_dir()), folders[0])
 
 def result_path(name:str, budget:str, out=None) -> Path:
-    return (results_dir() if out is None else Path(out)) / f'{name}.{budget}.json'
+    "The file of a result; no name leads out of its folder."
+    return (results_dir() if out is None else as_folder('out', out)) / f'{check_name(name)}.{check_choice("budget", budget, BUDGETS)}.json'
 
-# %% ../nbs/03_evidence.ipynb #abd0c346
+# %% ../nbs/03_evidence.ipynb #eb3a4e9f
+def as_file(path) -> Path:
+    "A path that is, or can become, a file; ValueError otherwise."
+    if not isinstance(path, (str, os.PathLike)): raise ValueError(f'path: {path!r} came; give the path of a file')
+    if Path(path).is_dir(): raise ValueError(f'path: {path} is a folder; give a file')
+    return as_folder('path', Path(path).parent) / Path(path).name
+
 def write_atomic(path:Path, record:dict) -> None:
     "Write JSON so that `path` holds either the old text or the whole new one."
+    try: text = json.dumps(record, indent=1, allow_nan=False) + '\n'
+    except (TypeError, ValueError) as e: raise ValueError(f'record: {e}; give what JSON can hold') from None
+    path = as_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, temp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
     try:
         with os.fdopen(fd, 'w') as f:
-            f.write(json.dumps(record, indent=1, allow_nan=False) + '\n'); f.flush(); os.fsync(f.fileno())
+            f.write(text); f.flush(); os.fsync(f.fileno())
         os.chmod(temp, 0o644)                                # mkstemp keeps others out; a result is for all
         os.replace(temp, path)
     except BaseException: os.unlink(temp); raise
 
-# %% ../nbs/03_evidence.ipynb #9c7452ab
+# %% ../nbs/03_evidence.ipynb #dcb7ea51
 def read_result(path:Path) -> dict:
     "Read a result file; a ValueError names a file that is truncated or is something else."
+    path = as_file(path)
     try: record = json.loads(path.read_text())
-    except (ValueError, UnicodeDecodeError) as e:
+    except (ValueError, OSError, RecursionError) as e:
         raise ValueError(f'{path}: not a whole JSON file ({e}); it was left as it is: '
                          'look at it, then delete it to run anew') from None
     need = {'experiment': str, 'budget': str, 'configuration': dict, 'runs': list}
     def wrong(d, need):
         return [k for k, kind in need.items() if not isinstance(d, dict) or type(d.get(k)) is not kind]
     need_run = {'result': dict, 'seed': int}
-    bad = wrong(record, need) or [f'runs[{i}]' for i, r in enumerate(record['runs']) if wrong(r, need_run)]
+    bad = wrong(record, need) or [f'runs[{i}]' for i, r in enumerate(record['runs']) if wrong(r, need_run)] or ['runs'] * (not record['runs'])
     if bad:
         raise ValueError(f'{path}: no result file of flowbook, {bad[0]!r} is missing or of another kind; '
                          'it was left as it is')
+    for i, r in enumerate(record['runs']): refuse_nan(r['result'], f'{path}: runs[{i}].result')  # what others wrote is held to what we write
     return record
 
 # %% ../nbs/03_evidence.ipynb #1cf0d589
@@ -346,16 +377,17 @@ def check_same(path:Path, record:dict, e:Experiment, budget:str) -> None:
         raise ValueError(f'{path}: made by another configuration: {d}; '
                          'force=True (--force) makes it anew, another out (--out) keeps both')
 
-# %% ../nbs/03_evidence.ipynb #48f6de0d
+# %% ../nbs/03_evidence.ipynb #858175b3
 def seed_list(e:Experiment, budget:str, seeds=None) -> list: # seeds: how many, or which
     "The seeds to run, checked."
-    if budget not in e.seeds:
+    if not isinstance(e, Experiment): raise ValueError(f'e: {type(e).__name__} came; give what `find` gives')
+    if not isinstance(budget, str) or budget not in e.seeds:
         raise ValueError(f'budget: {e.name!r} has no budget {budget!r}; it has {", ".join(e.seeds)}')
     seeds = e.seeds[budget] if seeds is None else seeds
-    seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    if not isinstance(seeds, (list, tuple)): seeds = list(range(check_whole('seeds', seeds, what='how many, 1 or more, or a list of which')))
     if not seeds or len(set(seeds)) < len(seeds) or not all(type(s) is int and s >= 0 for s in seeds):
         raise ValueError(f'seeds: {seeds}; give how many (1 or more), or different whole numbers from 0 on')
-    return seeds
+    return list(seeds)
 
 def command(name:str, budget:str, seeds:list) -> str:
     "The command that makes a result again."
@@ -363,13 +395,14 @@ def command(name:str, budget:str, seeds:list) -> str:
     which = str(len(seeds)) if first else ','.join(map(str, seeds)) + ',' * (len(seeds) == 1)
     return f'flowbook_experiment {name} --budget {budget} --seeds {which}'
 
-# %% ../nbs/03_evidence.ipynb #50a7b1ad
+# %% ../nbs/03_evidence.ipynb #622b10d2
 def run_each(name:str, budget:str='smoke',
              seeds=None,            # how many, or which; by default as many as the experiment says
              out=None,              # folder of the result file; by default nbs/results
              force:bool=False):     # make everything anew, whatever is there
     "Run the missing seeds; yields (seed, result, seconds) after each is on disk (seconds None: kept)."
     e = find(name)
+    check_choice('force', force, (False, True))
     seeds, path = seed_list(e, budget, seeds), result_path(name, budget, out)
     record = read_result(path) if path.exists() else None    # with force, too: no torn file is replaced
     if record and not force: check_same(path, record, e, budget)
@@ -406,9 +439,11 @@ def load_result(name:str, budget:str='laptop', out=None) -> dict:
                          f'make it with: flowbook_experiment {name} --budget {budget}')
     return read_result(path)
 
-# %% ../nbs/03_evidence.ipynb #d35316f9
+# %% ../nbs/03_evidence.ipynb #df65db5c
 def per_seed(record:dict, key:str) -> list:
     "One entry of every seed's result; dots step into dictionaries: 'tarflow.bits'."
+    if not isinstance(record, dict) or 'runs' not in record: raise ValueError(f'record: {type(record).__name__} came; give what `run` and `load_result` give')
+    if not isinstance(key, str): raise ValueError(f"key: {key!r} came; give a text, for instance 'tarflow.bits'")
     def get(r):
         for k in key.split('.'):
             if not isinstance(r, dict) or k not in r:
@@ -420,8 +455,11 @@ def per_seed(record:dict, key:str) -> list:
 
 def verdicts(record:dict) -> dict: # {claim: Verdict}
     "Judge a record by its experiment's verdict function. Never stored, so never stale."
+    if not isinstance(record, dict) or not {'experiment', 'runs'} <= set(record): raise ValueError(f'record: {type(record).__name__} came; give what `run` and `load_result` give')
     judge = find(record['experiment']).verdict
-    return judge([r['result'] for r in record['runs']]) if judge else {}
+    try: return judge([r['result'] for r in record['runs']]) if judge else {}
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
+        raise ValueError(f"record: the results of {record['experiment']!r} do not hold what its verdict reads ({type(e).__name__}: {e})") from None
 
 # %% ../nbs/03_evidence.ipynb #576e71e2
 def judge_t1(results):
@@ -582,7 +620,7 @@ def maf_limit(seed, budget):
                 'first': size(torch.stack([mu, alpha])[:, :, 0]),
                 'first_of_maf': size(first), 'first_of_maf_varies': first.std(0).max().item()}
 
-# %% ../nbs/03_evidence.ipynb #c271c555
+# %% ../nbs/03_evidence.ipynb #7e27c31a
 def param_count(flow) -> int: return sum(p.numel() for p in flow.parameters())
 
 def free_count(flow) -> int:
@@ -595,8 +633,12 @@ def match_width(make,          # width -> flow
                 target:int,    # parameters wanted
                 count=param_count) -> int:
     "The width for which `count(make(width))` comes closest to `target`; the count must grow with the width."
-    high = 1
-    while count(make(high)) < target: high *= 2
+    if not callable(make): raise ValueError(f'make: {make!r} came; give a function: width -> flow')
+    check_whole('target', target)
+    high, before = 1, -1
+    while (have := count(make(high))) < target:
+        if have <= before: raise ValueError(f'make: {have} parameters at width {high}, as at half of it; they must grow with the width')
+        high, before = 2 * high, have
     low = high // 2
     while high - low > 1:
         mid = (low + high) // 2

@@ -4,19 +4,18 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'constant', 'linear', 'Guidance', 'check_weight', 'LinearGuidance', 'ClassGuidance', 'inverse_blocks',
-           'inverse_block', 'guided_inverse', 'guided_sample', 'judge_trajectory', 'trajectory_states',
+           'check_guided', 'inverse_block', 'guided_inverse', 'guided_sample', 'judge_trajectory', 'trajectory_states',
            'TemperatureGuidance', 'StarGuidance', 'score_guidance', 'judge_guidance_sweep', 'guidance_sweep']
 
-# %% ../nbs/08_guidance.ipynb #eb103cdb
-import math
+# %% ../nbs/08_guidance.ipynb #4bd8fd8f
 import torch
 from torch import Tensor
-from .data import load, unpatchify
+from .data import check_choice, check_number, check_tensor, load, unpatchify
 from .denoise import SWEEP, denoise, score, train_for_sweep
 from .evidence import EXPERIMENTS, all_of, experiment, identity, lower
-from .flows import Flow, check_y, unaffine
+from .flows import Flow, check_module, check_y, count_and_labels, unaffine
 from .metrics import collect, evaluate
-from .tarflow import KVCache, TarFlow, check_tau
+from .tarflow import BlockFlow, KVCache, TarFlow, check_tau, check_tokens
 
 # %% ../nbs/08_guidance.ipynb #6665d5e0
 # Axis legend of this module: b batch, n tokens, d numbers in a token, c h w image, t block (counted from 1), i reading position (from 0).
@@ -45,13 +44,16 @@ class Guidance:
         "The guided (mu, alpha) at reading position(s) i of n."
         return cond
 
-# %% ../nbs/08_guidance.ipynb #e280b64e
+# %% ../nbs/08_guidance.ipynb #1c2a3887
 def check_weight(w, schedule) -> None:
     "ValueError for a weight that is no number of 0 or more, or a schedule that is neither a name nor a function."
-    if isinstance(w, bool) or not isinstance(w, (int, float)) or not 0 <= w < math.inf:
-        raise ValueError(f'w: {w!r}; a guidance weight is a number of 0 or more, 0 means none')
-    if not callable(schedule) and not (isinstance(schedule, str) and schedule in SCHEDULES):
-        raise ValueError(f"schedule: {schedule!r}; choose 'constant' or 'linear', or give a function (i, n) -> share of w")
+    check_number('w', w, 0, what='a guidance weight: a number of 0 or more, 0 means none')
+    what = f"schedule: {schedule!r} came; choose 'constant' or 'linear', or give a function (i, n) -> share of w"
+    if not callable(schedule) and not (isinstance(schedule, str) and schedule in SCHEDULES): raise ValueError(what)
+    if not callable(schedule): return
+    try: share = schedule(0, 2)                                          # once, so that it does not fail in the middle of a sample
+    except Exception as e: raise ValueError(f'{what} ({e})') from None
+    if not isinstance(share, Tensor): check_number('schedule', share, what='a function that gives a finite number')
 
 class LinearGuidance(Guidance):
     "cond + w (cond - second), for mu and alpha alike; kinds say what the second pass is. TARFlow Eq. 10, 11."
@@ -75,22 +77,24 @@ class ClassGuidance(LinearGuidance):
 
     def second(self, t, blocks, y): return (None, 1.) if self.w else None      # without labels, the usual temperature
 
-# %% ../nbs/08_guidance.ipynb #bd211460
+# %% ../nbs/08_guidance.ipynb #1d4fc85b
 def inverse_blocks(flow:TarFlow, z:Tensor, y=None, guidance:Guidance=None): # z (b, n, d)
     "Invert block after block, the last first: yields (t, tokens entering block t (b, n, d)). TARFlow Eq. 4, 9."
     guidance = Guidance() if guidance is None else guidance
-    if not isinstance(guidance, Guidance): raise ValueError(f'guidance: {guidance!r}; give None, or for instance ClassGuidance(1.)')
-    if not hasattr(flow, 'blocks'): raise ValueError(f'flow: {type(flow).__name__} has no blocks to guide; give a TarFlow')
-    check_y(y, flow.classes, len(z)); guidance.check(flow, y)
-    if tuple(z.shape[1:]) != tuple(flow.z_shape):
-        raise ValueError(f'z: shape {tuple(z.shape)} came; this flow takes latents (b, {flow.z_shape[0]}, {flow.z_shape[1]})')
+    check_guided(flow, z, y, guidance)
     def stream(z):                                                       # arguments are checked now, not at the first block
         for t in range(len(flow.blocks), 0, -1):
             z = inverse_block(flow.blocks[t - 1], z, y, guidance, t, len(flow.blocks))
             yield t, z
     return stream(z)
 
-# %% ../nbs/08_guidance.ipynb #ed79901a
+# %% ../nbs/08_guidance.ipynb #116f8fc4
+def check_guided(flow, z, y, guidance) -> None:
+    "ValueError for what cannot be inverted with guidance."
+    check_module('flow', flow, BlockFlow)
+    if not isinstance(guidance, Guidance): raise ValueError(f'guidance: {guidance!r} came; give None, or for instance ClassGuidance(1.)')
+    check_tokens(flow, z, 'z'); check_y(y, flow.classes, len(z)); guidance.check(flow, y)
+
 def inverse_block(block, z, y, guidance, t, blocks):                     # (b, n, d) -> (b, n, d)
     second, n = guidance.second(t, blocks, y), z.shape[1]
     if not block.causal:                                                 # a coupling: z shows what steers, all positions at once
@@ -105,7 +109,7 @@ def inverse_block(block, z, y, guidance, t, blocks):                     # (b, n
         xs.append(unaffine(z[:, i], *cond))
     return block.unread(torch.stack(xs, 1))
 
-# %% ../nbs/08_guidance.ipynb #643ac788
+# %% ../nbs/08_guidance.ipynb #05a6318f
 def guided_inverse(flow:TarFlow, z:Tensor, y=None, guidance:Guidance=None) -> Tensor: # (b, n, d) -> (b, c, h, w)
     "The inverse with guidance in every step; without, it is `flow.inverse`, bit for bit."
     for _, x in inverse_blocks(flow, z, y, guidance): pass
@@ -114,12 +118,9 @@ def guided_inverse(flow:TarFlow, z:Tensor, y=None, guidance:Guidance=None) -> Te
 @torch.inference_mode()
 def guided_sample(flow:TarFlow, n_or_y, guidance:Guidance=None, generator=None) -> Tensor: # (b, c, h, w)
     "Draw latents and invert them with guidance; the same generator gives the latents of `flow.sample`."
-    if isinstance(n_or_y, (bool, str, type(None))) or isinstance(n_or_y, int) and n_or_y < 0:
-        raise ValueError(f'n_or_y: {n_or_y!r}; give how many samples, 0 or more, or one label a sample')
-    y = None if isinstance(n_or_y, int) else torch.as_tensor(n_or_y)
-    check_y(y, flow.classes)
-    z = flow.draw(n_or_y if y is None else len(y), generator)
-    return guided_inverse(flow, z, None if y is None else y.to(z.device), guidance)
+    check_module('flow', flow, BlockFlow)
+    n, y = count_and_labels(flow, n_or_y)
+    return guided_inverse(flow, flow.draw(n, generator), y, guidance)
 
 # %% ../nbs/08_guidance.ipynb #170947e0
 def judge_trajectory(results):
@@ -143,24 +144,23 @@ def trajectory_states(seed, budget):
         end = (unpatchify(x, flow.patch_size, flow.image_shape) - flow.inverse(z, y)).abs().max().item()
     return {'end': end, 'steps': steps, 'spread': spread}
 
-# %% ../nbs/08_guidance.ipynb #12398b78
+# %% ../nbs/08_guidance.ipynb #a79c13e1
 class TemperatureGuidance(LinearGuidance):
     "Away from the prediction of the same network with its attention at temperature tau. TARFlow Eq. 11."
     def __init__(self, w:float, tau:float, schedule='constant'):
         super().__init__(w, schedule)
-        if isinstance(tau, bool) or not isinstance(tau, (int, float)): raise ValueError(f'tau: {tau!r}; a temperature is a number above 0')
         check_tau(tau)
         self.tau = tau
 
     def second(self, t, blocks, y): return (y, self.tau) if self.w and self.tau != 1 else None
     def __repr__(self): return f'TemperatureGuidance({self.w}, {self.tau}, {getattr(self.schedule, "__name__", self.schedule)})'
 
-# %% ../nbs/08_guidance.ipynb #125c0ba8
+# %% ../nbs/08_guidance.ipynb #f6f5e7a6
 class StarGuidance(ClassGuidance):
     "The product of Gaussians p_c^(1+w) / p_u^w, in the deep block T (or in all). STARFlow; SimFlow §4.4."
     def __init__(self, w:float, schedule='constant', everywhere:bool=False):
         super().__init__(w, schedule)
-        self.everywhere = everywhere
+        self.everywhere = check_choice('everywhere', everywhere, (False, True))
 
     def second(self, t, blocks, y): return (None, 1.) if self.w and (self.everywhere or t == blocks) else None
 
@@ -170,12 +170,12 @@ class StarGuidance(ClassGuidance):
         share = 1 + w - w * s
         return ((1 + w) * mu_c - w * s * mu_u) / share, alpha_c - .5 * torch.as_tensor(share).log()
 
-# %% ../nbs/08_guidance.ipynb #472da458
+# %% ../nbs/08_guidance.ipynb #6df95921
 def score_guidance(flow:Flow, x:Tensor, y, # (b, ...) samples and their labels
                    gamma:float) -> Tensor:  # length of the step: 0.25 in SimFlow, on latents of variance near 1
     "x + gamma (grad log p(x|y) - grad log p(x)). SimFlow Eq. 6."
-    if isinstance(gamma, bool) or not isinstance(gamma, (int, float)) or not math.isfinite(gamma):
-        raise ValueError(f'gamma: {gamma!r}; a finite number, 0 means no step')
+    check_module('flow', flow, Flow); check_tensor('x', x, 'b ...')
+    check_number('gamma', gamma, what='a finite number, 0 means no step')
     if not flow.classes: raise ValueError('flow: score_guidance needs classes, and this flow has none')
     if y is None: raise ValueError('y: score_guidance needs labels, one a sample')
     check_y(y, flow.classes, len(x))

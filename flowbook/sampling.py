@@ -6,31 +6,33 @@
 __all__ = ['FAST', 'HEADS', 'WINDOWS', 'PLANS', 'naive_inverse', 'GrowingCache', 'textbook_step', 'textbook_inverse',
            'StaticCache', 'FastLayer', 'weights_of', 'anatomy', 'has_fast', 'AnyLayer', 'plain_head', 'Decoder', 'walk',
            'Stage', 'ours', 'invert_block', 'windows_of', 'trajectory', 'invert', 'slide', 'tame', 'of_the_living',
-           'residual', 'calibrate', 'pass_seconds', 'pick_windows', 'predicted', 'timed', 'latents', 'labels_of',
-           'samples', 'noise_of', 'broken_ones', 'redrawn', 'sample', 'walk_graph', 'plain_nll']
+           'residual', 'calibrate', 'kept_passes', 'pass_seconds', 'pick_windows', 'predicted', 'timed', 'latents',
+           'labels_of', 'samples', 'noise_of', 'on_card', 'broken_ones', 'redrawn', 'sample', 'walk_graph', 'plain_nll']
 
-# %% ../nbs/09_sampling.ipynb #2e30d8eb
+# %% ../nbs/09_sampling.ipynb #87c39613
 import copy, math, sys, time, warnings, weakref
 from typing import NamedTuple
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
-from .data import keyed, unpatchify
+from .data import check_choice, check_number, check_whole, keyed, unpatchify
 from .denoise import denoise as remove_noise
-from .flows import Flow, check_y, normal_log_prob
-from .guidance import Guidance, guided_inverse, inverse_block
+from .flows import Flow, check_generator, check_module, check_y, count_and_labels, normal_log_prob
+from .guidance import Guidance, check_guided, guided_inverse, inverse_block
 from .noise import is_broken
-from .tarflow import Layer, TarBlock, TarFlow, check_tau
+from .tarflow import BlockFlow, Layer, TarBlock, TarFlow, check_tau
 
 # %% ../nbs/09_sampling.ipynb #faf5d490
 # Axis legend of this module: n positions, b batch, rows b or 2b (both passes of guidance), m positions of a window, s positions so far,
 # d numbers in a token, h heads, e width of a head, c h w image, t block (counted from 1), T blocks.
 
-# %% ../nbs/09_sampling.ipynb #7d9df4be
+# %% ../nbs/09_sampling.ipynb #8e29ba24
 @torch.no_grad()
 def naive_inverse(flow:TarFlow, z:Tensor, y=None, guidance:Guidance=None) -> Tensor: # (b, n, d) -> (b, c, h, w)
     "Run the whole block again for every token: the definition (TARFlow Eq. 4), and the measure of all samplers here."
-    guidance, T = guidance or Guidance(), len(flow.blocks)
+    guidance = guidance or Guidance()
+    check_guided(flow, z, y, guidance)
+    T = len(flow.blocks)
     for t in range(T, 0, -1):
         block, second = flow.blocks[t - 1], guidance.second(t, T, y)
         if not block.causal: z = inverse_block(block, z, y, guidance, t, T); continue
@@ -68,11 +70,13 @@ def textbook_step(block:TarBlock, x:Tensor, c, tau:float, cache, i:int): # (rows
         h = h + m.down(F.gelu(m.up(m.norm(h))))
     return block.split(block.proj_out(h)[:, 0], x)
 
-# %% ../nbs/09_sampling.ipynb #3f5a9a78
+# %% ../nbs/09_sampling.ipynb #9310fa27
 @torch.no_grad()
 def textbook_inverse(flow:TarFlow, z:Tensor, y=None, guidance:Guidance=None, cache=GrowingCache) -> Tensor: # (b, n, d) -> (b, c, h, w)
     "Keys and values are kept, and grow by concatenation; guidance's passes run one after the other. TARFlow App. D."
-    guidance, T, (b, n, _) = guidance or Guidance(), len(flow.blocks), z.shape
+    guidance = guidance or Guidance()
+    check_guided(flow, z, y, guidance)
+    T, (b, n, _) = len(flow.blocks), z.shape
     for t in range(T, 0, -1):
         block, second = flow.blocks[t - 1], guidance.second(t, T, y)
         z, asked = block.read(z), [(y, 1.), second][:2 if second else 1]
@@ -286,7 +290,7 @@ def windows_of(flow, solver, b:int, y, guidance, tol:float, dtype=None) -> list:
     if isinstance(each, (list, tuple)) and len(each) == T and all(isinstance(w, int) and not isinstance(w, bool) and w >= 1 for w in each): return list(each)
     raise ValueError(f"solver: {solver!r}; choose 'auto', 'sequential', 'jacobi' or 'gauss-seidel', or give a window of 1 or more tokens, or {T} of them")
 
-# %% ../nbs/09_sampling.ipynb #3bb431f9
+# %% ../nbs/09_sampling.ipynb #03e9908b
 def trajectory(flow:TarFlow, z:Tensor, y=None, guidance:Guidance=None, solver='auto', tol:float=1e-5, dtype=None): # z (b, n, d)
     "Invert block after block, the last first; yields a `Stage` each: TARFlow Fig. 8."
     _check(flow, z, y, guidance, tol, dtype)
@@ -300,22 +304,17 @@ def trajectory(flow:TarFlow, z:Tensor, y=None, guidance:Guidance=None, solver='a
     return stream(z.detach())
 
 def _check(flow, z, y, guidance, tol, dtype):
-    if not isinstance(guidance, (Guidance, type(None))): raise ValueError(f'guidance: {guidance!r}; give None, or for instance ClassGuidance(1.)')
-    if not hasattr(flow, 'blocks'): raise ValueError(f'flow: {type(flow).__name__} has no blocks; call its `inverse`')
-    if not isinstance(z, Tensor) or tuple(z.shape[1:]) != tuple(flow.z_shape):
-        raise ValueError(f'z: {tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__} came; this flow takes latents (b, {", ".join(map(str, flow.z_shape))})')
+    check_guided(flow, z, y, Guidance() if guidance is None else guidance)
     if z.dtype != (own := next(flow.parameters()).dtype): raise ValueError(f'z: {z.dtype} came, the flow has {own}; convert one of them')
-    if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0 <= tol < math.inf: raise ValueError(f'tol: {tol!r}; the largest change of a finished token, 0 or more, for instance 1e-5')
+    check_number('tol', tol, 0, what='the largest change of a finished token: 0 or more, for instance 1e-5')
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point): raise ValueError(f'dtype: {dtype!r}; of the network, for instance torch.bfloat16')
-    check_y(y, flow.classes, len(z))
-    if guidance is not None: guidance.check(flow, y)
 
-# %% ../nbs/09_sampling.ipynb #9a01c663
+# %% ../nbs/09_sampling.ipynb #8402d515
 def invert(flow:TarFlow, z:Tensor, y=None, guidance:Guidance=None, solver='auto', tol:float=1e-5, # z (b, n, d)
            dtype=None,                   # of the network, for instance torch.bfloat16; the tokens keep theirs
            grad:bool=False) -> Tensor:   # True: differentiable, and so token by token -> (b, c, h, w)
     "The inverse of a flow, guided, by any solver. TARFlow Eq. 4, 9."
-    if grad:
+    if check_choice('grad', grad, (False, True)):
         if dtype is not None: raise ValueError(f'dtype: {dtype} with grad=True; gradients go through the flow in its own dtype')
         return guided_inverse(flow, z, y, guidance)
     for stage in trajectory(flow, z, y, guidance, solver, tol, dtype): pass
@@ -348,10 +347,11 @@ def of_the_living(moves:Tensor, final:Tensor) -> list: # (m, b, d), (a, b, d) to
     moves = moves[:, final.isfinite().all(2).all(0)]
     return moves.abs().flatten(1).amax(1).tolist() if moves.shape[1] else [0.] * len(moves)
 
-# %% ../nbs/09_sampling.ipynb #3ef7a725
+# %% ../nbs/09_sampling.ipynb #bbdd7778
 def residual(flow:TarFlow, z:Tensor, stages:list, y=None, guidance:Guidance=None) -> list: # z (b, n, d), what `trajectory` yielded
     "How far every block, run forward on what was found, misses the latents it began with: the largest |dz| of each, block T first."
     _check(flow, z, y, guidance, 0, None)
+    if not isinstance(stages, (list, tuple)) or not all(isinstance(s, Stage) for s in stages): raise ValueError(f'stages: {type(stages).__name__} came; give list(trajectory(flow, z, ...))')
     guidance, T, out = guidance or Guidance(), len(flow.blocks), []
     with torch.inference_mode():
         for stage in stages:
@@ -363,16 +363,18 @@ def residual(flow:TarFlow, z:Tensor, stages:list, y=None, guidance:Guidance=None
             z = stage.tokens
     return out
 
-# %% ../nbs/09_sampling.ipynb #20a68ff3
+# %% ../nbs/09_sampling.ipynb #b378c140
 WINDOWS = (1, 4, 16, 64, 256)            # and n, which is Jacobi's
 
 def calibrate(flow:TarFlow, y=None, guidance:Guidance=None, tol:float=1e-5, b:int=8, seed:int=0) -> dict:
     "How many passes every block needs with every window, on `b` samples; kept in the card, and so saved with the model."
+    check_module('flow', flow, BlockFlow); check_whole('b', b); check_whole('seed', seed, 0); check_y(y, flow.classes)
     n, T = flow.z_shape[0], len(flow.blocks)
     g, windows = guidance or Guidance(), sorted({w for w in WINDOWS if w < n} | {n})
     y = y if y is not None or not flow.classes else torch.arange(b) % flow.classes
     b = b if y is None else len(y)
     z, like = flow.draw(b, torch.Generator().manual_seed(seed)), next(flow.parameters())
+    _check(flow, z, y, guidance, tol, None)
     y = None if y is None else y.to(like.device)
     table = []                                                                         # block T first
     with torch.inference_mode():
@@ -381,8 +383,15 @@ def calibrate(flow:TarFlow, y=None, guidance:Guidance=None, tol:float=1e-5, b:in
             table.insert(0, {'1': [n - 1, n - 1], **{str(w): [s.passes, s.positions] for w, s in stages.items()}})
             z = stages[n].tokens if stages else invert_block(flow.blocks[t - 1], z, y, g, t, T, 1, tol).tokens
     kind = 'guided' if any(g.second(t, T, y) for t in range(1, T + 1)) else 'plain'
-    flow.card = {**flow.card, 'passes': {**flow.card.get('passes', {}), kind: table}}
+    flow.card = {**flow.card, 'passes': {**{k: t for k in ('plain', 'guided') if (t := kept_passes(flow, k))}, kind: table}}
     return table
+
+def kept_passes(flow:TarFlow, kind:str): # 'plain' or 'guided'
+    "The passes on the card, one table a block; None where there are none, or where the card holds something else: it came with a file."
+    n, each = flow.z_shape[0], flow.card.get('passes')
+    def right(t): return isinstance(t, dict) and t and all(k.isdigit() and 1 <= int(k[:9]) <= n and isinstance(v, list) and len(v) == 2 and all(isinstance(p, int) and p > 0 for p in v) for k, v in t.items())
+    table = each.get(kind) if isinstance(each, dict) else None
+    return table if isinstance(table, list) and len(table) == len(flow.blocks) and all(map(right, table)) else None
 
 # %% ../nbs/09_sampling.ipynb #9cfab99a
 @torch.inference_mode()
@@ -397,7 +406,7 @@ def pass_seconds(flow:TarFlow, t:int, b:int, y, guidance:Guidance, dtype=None) -
         return (new - x).abs_().flatten(1).amax(1).tolist() if w > 1 else new
     return {w: timed(lambda: one_pass(w), like, 4)[0] for w in sorted({w for w in WINDOWS if w < n - 1} | {n - 1})}
 
-# %% ../nbs/09_sampling.ipynb #dea8af4b
+# %% ../nbs/09_sampling.ipynb #da7cf123
 PLANS = weakref.WeakKeyDictionary()      # flow -> {what a call looks like: the windows that were quickest}
 
 @torch.inference_mode()
@@ -410,10 +419,10 @@ def pick_windows(flow:TarFlow, b:int, y, guidance:Guidance, tol:float, dtype=Non
     plans = PLANS.setdefault(flow, {})
     if key in plans: return plans[key]
     kind, windows = 'guided' if any(guided) else 'plain', [1] * T
-    if len(flow.card.get('passes', {}).get(kind, ())) != T: calibrate(flow, None if y is None else y[:8], guidance, tol, min(b, 8))
+    if not (table := kept_passes(flow, kind)): table = calibrate(flow, None if y is None else y[:8], guidance, tol, min(b, 8))
     z = flow.draw(b, torch.Generator().manual_seed(0))
     for t in range(T, 0, -1):
-        seconds = predicted(flow.card['passes'][kind][t - 1], pass_seconds(flow, t, b, y, guidance, dtype))
+        seconds = predicted(table[t - 1], pass_seconds(flow, t, b, y, guidance, dtype))
         close = [w for w, s in seconds.items() if s <= 1.5 * min(seconds.values())]
         tried = {w: timed(lambda: invert_block(flow.blocks[t - 1], z, y, guidance, t, T, w, tol, dtype), like) for w in close}
         windows[t - 1] = min(tried, key=lambda w: tried[w][0])
@@ -440,7 +449,7 @@ def timed(run, like, repeats:int=3):     # -> least seconds, what `run` returned
         best = min(best, time.perf_counter() - began)
     return best, out
 
-# %% ../nbs/09_sampling.ipynb #60701f8c
+# %% ../nbs/09_sampling.ipynb #3d39f787
 def latents(flow:Flow, n:int, generator=None): # yields one (1, ...) a sample
     "The latents of `n` samples, drawn one by one on the CPU: the same whatever the batch size, and on every device."
     scale = torch.as_tensor(flow.prior_var).sqrt()
@@ -449,20 +458,16 @@ def latents(flow:Flow, n:int, generator=None): # yields one (1, ...) a sample
 
 def labels_of(flow:Flow, y_or_n):        # -> count, labels or None
     "How many samples are asked for, and their labels; ValueError for neither a number nor labels."
-    if isinstance(y_or_n, int) and not isinstance(y_or_n, bool) and y_or_n >= 0: return y_or_n, None
-    if isinstance(y_or_n, (bool, int, float, str, type(None))): raise ValueError(f'y_or_n: {y_or_n!r}; give how many samples, 0 or more, or one label a sample')
-    y = torch.as_tensor(y_or_n)
-    check_y(y, flow.classes)
-    return len(y), y.to(next(flow.parameters()).device)
+    return count_and_labels(flow, y_or_n, 'y_or_n')
 
-# %% ../nbs/09_sampling.ipynb #0304eac6
+# %% ../nbs/09_sampling.ipynb #9ca916c7
 def samples(flow:Flow, y_or_n, guidance:Guidance=None, denoise=None, solver='auto', tol:float=1e-5, generator=None, batch_size:int=None,
             *, on_broken:str='report', dtype=None, progress:bool=False): # yields (b, c, h, w)
     "Samples batch after batch, as `sample` draws them: memory for one batch, whatever their number."
+    check_module('flow', flow, Flow); check_generator(generator)
     n, y = labels_of(flow, y_or_n)
-    sigma, size = noise_of(flow, denoise), 64 if batch_size is None else batch_size
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1: raise ValueError(f'batch_size: {batch_size!r}; 1 or more')
-    if on_broken not in ('report', 'redraw', 'keep'): raise ValueError(f"on_broken: {on_broken!r}; choose 'report', 'redraw' or 'keep'")
+    sigma, size = noise_of(flow, denoise), 64 if batch_size is None else check_whole('batch_size', batch_size)
+    check_choice('on_broken', on_broken, ('report', 'redraw', 'keep')); check_choice('progress', progress, (False, True)); on_card(flow, 'reach', 1.)
     if hasattr(flow, 'blocks'):
         _check(flow, flow.draw(0), None if y is None else y[:0], guidance, tol, dtype)
         if solver != 'auto': windows_of(flow, solver, 1, None, guidance, tol)
@@ -475,16 +480,19 @@ def samples(flow:Flow, y_or_n, guidance:Guidance=None, denoise=None, solver='aut
 def noise_of(flow, denoise) -> float:
     "The noise to take away: 0 for none."
     if denoise is None or denoise is False: return 0.
-    sigma = getattr(flow, 'card', {}).get('sigma') if denoise is True else denoise
-    if isinstance(sigma, (int, float)) and not isinstance(sigma, bool) and 0 <= sigma < math.inf: return float(sigma)
-    raise ValueError('denoise: the card of this flow does not say its noise; give its standard deviation' if denoise is True else
-                     f'denoise: {denoise!r}; True, or the standard deviation of the noise that the flow was trained with')
+    if denoise is not True: return check_number('denoise', denoise, 0, what='True, or the standard deviation of the noise that the flow was trained with')
+    if (sigma := on_card(flow, 'sigma', None)) is None: raise ValueError('denoise: the card of this flow does not say its noise; give its standard deviation')
+    return sigma
 
-# %% ../nbs/09_sampling.ipynb #05306e91
+def on_card(flow, key:str, default): # a number that came with a file
+    v = getattr(flow, 'card', {}).get(key)
+    return default if v is None else check_number(f'card: {key}', v, 0)
+
+# %% ../nbs/09_sampling.ipynb #8d6daa8d
 def _samples(flow, n, y, invert_them, sigma, generator, size, on_broken, progress):
     from tqdm import tqdm
     stream, left = latents(flow, n, generator), 0
-    bound = sigma or getattr(flow, 'card', {}).get('sigma') or 0.
+    bound = sigma or on_card(flow, 'sigma', 0.)
     with tqdm(total=n, desc='samples', file=sys.stdout, ncols=88, mininterval=.3, ascii=' -=#', disable=not progress) as bar:
         for first in range(0, n, size):
             z = torch.cat([next(stream) for _ in range(min(size, n - first))])
@@ -503,7 +511,7 @@ def _samples(flow, n, y, invert_them, sigma, generator, size, on_broken, progres
 
 def broken_ones(flow, x:Tensor, sigma:float) -> list:
     "The indices of samples that hold NaN or infinity, or what no image with this noise holds."
-    bad = is_broken(x, sigma, getattr(flow, 'card', {}).get('reach', 1.)) if hasattr(flow, 'image_shape') else ~x.flatten(1).isfinite().all(1)
+    bad = is_broken(x, sigma, on_card(flow, 'reach', 1.)) if hasattr(flow, 'image_shape') else ~x.flatten(1).isfinite().all(1)
     return bad.nonzero()[:, 0].tolist()
 
 def redrawn(flow, generator, index:int, attempt:int) -> Tensor: # (1, ...)

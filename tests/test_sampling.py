@@ -344,7 +344,7 @@ def test_latents_that_do_not_fit():
     for z, words in ((torch.zeros(2, 3, 4), r'\(b, 16, 4\)'), (torch.zeros(2, 16, 4, dtype=torch.float64), 'float64'), ([1], 'list')):
         with pytest.raises(ValueError, match=words): S.invert(flow, z)
     with pytest.raises(ValueError, match='for 2 samples'): S.invert(flow, torch.zeros(2, 16, 4), torch.tensor([1]))
-    with pytest.raises(ValueError, match='no blocks'): S.trajectory(MAF(3, 8), torch.zeros(2, 3))
+    with pytest.raises(ValueError, match='flow: Chain came, must be a BlockFlow'): S.trajectory(MAF(3, 8), torch.zeros(2, 3))
 
 
 # ---------------------------------------------------------------------------

@@ -10,15 +10,16 @@ import argparse, sys
 from ..evidence import (BUDGETS, difference, find, load_result, registry, result_path, run_each,
                                seed_list, summary, verdicts)
 
-# %% ../../nbs/16_experiment.ipynb #ff56a90a
+# %% ../../nbs/16_experiment.ipynb #f00a7fd5
 def state(e, budget:str, out=None) -> str|None:
     "What the result file of an experiment says, in a few words; None if there is no file."
     if not result_path(e.name, budget, out).exists(): return None
-    try: record = load_result(e.name, budget, out)
+    try:
+        record = load_result(e.name, budget, out)
+        if d := difference(record['configuration'], e.config[budget]): return f'{budget}: stale, {d}'
+        said = ', '.join(f'{c} {v.state}' for c, v in verdicts(record).items()) or 'no verdict'
     except ValueError: return f'{budget}: the file is damaged'
-    if d := difference(record['configuration'], e.config[budget]): return f'{budget}: stale, {d}'
     n = len(record['runs'])
-    said = ', '.join(f'{c} {v.state}' for c, v in verdicts(record).items()) or 'no verdict'
     return f'{budget}, {n} seed{"s" * (n > 1)}: {said}'
 
 def listing(out=None) -> str:
