@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['VAES', 'DIGITS_VAE', 'MEMORY', 'LATENT', 'LATENTS', 'places', 'check_turning', 'angles', 'turn', 'turned',
            'RopeAttention', 'swiglu_width', 'SwiGLU', 'RopeLayer', 'LatentTarFlow', 'FastRopeLayer', 'check_folder',
-           'Vae', 'check_vae', 'posterior', 'load_vae', 'check_vae_reachable', 'VaeLoss', 'train_digits_vae', 'judged',
-           'Encode', 'drawn_keyed', 'Pick', 'cache_latents', 'replace_bytes', 'write_plan', 'read_json', 'read_plan',
-           'CachedLatents', 'LatentFlow', 'train_latent', 'with_latent_card', 'train_latent_flow', 'judge_latent',
-           'latent_two_step']
+           'read_json', 'Vae', 'check_vae', 'posterior', 'load_vae', 'check_vae_reachable', 'VaeLoss',
+           'train_digits_vae', 'judged', 'Encode', 'drawn_keyed', 'Pick', 'cache_latents', 'replace_bytes',
+           'write_plan', 'read_plan', 'CachedLatents', 'LatentFlow', 'train_latent', 'with_latent_card',
+           'train_latent_flow', 'judge_latent', 'latent_two_step']
 
 # %% ../nbs/12_latent.ipynb #f971ac73
 import functools, hashlib, json, math, os
@@ -32,7 +32,7 @@ from .train import DropLabels, GaussianNoise, ema, fit, keyed_normal, mean_nll
 # Axis legend of this module: b batch, n tokens, m tokens of a call, d numbers in a token, h heads, e width of a head, c channels of a latent,
 # h w its height and width, f the VAE's factor: an image is (b, channels, f h, f w).
 
-# %% ../nbs/12_latent.ipynb #d6e41a56
+# %% ../nbs/12_latent.ipynb #03575613
 def places(h:int, w:int,   # of the grid of tokens
            order=None      # (n,): the i-th token read is token order[i]; None: as they come
           ) -> Tensor:     # (n, 2) int64: row and column, in reading order
@@ -61,8 +61,8 @@ def turn(x:Tensor,         # (..., m, e) queries or keys
          angle:Tensor      # (m, e/2)
         ) -> Tensor:       # (..., m, e)
     "Rotate number i and number i + e/2 as one vector in the plane. Su et al., 2021, Eq. 34."
-    if not isinstance(x, Tensor) or not isinstance(angle, Tensor) or angle.dim() != 2 or x.shape[-2:] != (angle.shape[0], 2 * angle.shape[1]):   # one angle would serve all
-        raise ValueError(f'x, angle: shapes {tuple(getattr(x, "shape", ()))}, {tuple(getattr(angle, "shape", ()))} came, must be (..., m, e) and (m, e/2)')
+    if not isinstance(x, Tensor) or not isinstance(angle, Tensor) or angle.dim() != 2 or x.dim() < 2 or x.shape[-1] != 2 * angle.shape[1] or x.shape[-2] not in (1, len(angle)): # one angle would serve all tokens
+        raise ValueError(f'x, angle: shapes {tuple(getattr(x, "shape", ()))}, {tuple(getattr(angle, "shape", ()))} came, must be (..., m or 1, e) and (m, e/2)')
     return turned(x, angle.cos(), angle.sin())
 
 def turned(x, cos, sin): # (..., m, e), (m, e/2) twice
@@ -154,13 +154,20 @@ VAES = {'sd-vae-ft-ema': 'stabilityai/sd-vae-ft-ema',    # R-REPA §5: f 8, 4 ch
 DIGITS_VAE = 'digits-vae'                                # the book's own, in `flowbook/weights`
 MEMORY = ('whole', 'slices', 'tiles')                    # what is decoded at once
 
-# %% ../nbs/12_latent.ipynb #e7f2655c
+# %% ../nbs/12_latent.ipynb #31a0f5c4
 def check_folder(folder) -> Path:
     "A folder, there already or not; ValueError for a file, and for what is no path."
     if not isinstance(folder, (str, Path)) or not str(folder): raise ValueError(f'folder: {folder!r} came, must be a path')
     folder = Path(folder).expanduser()
     if folder.exists() and not folder.is_dir(): raise ValueError(f'folder: {folder} is a file, must be a folder')
     return folder
+
+def read_json(path:Path) -> dict:
+    "A dictionary from a file; ValueError that names the file for anything else."
+    try: found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as e: raise ValueError(f'{path} cannot be read ({type(e).__name__}: {few_words(e)}); it is missing or was damaged') from None
+    if not isinstance(found, dict): raise ValueError(f'{path} holds a {type(found).__name__}, not a dictionary; it was damaged')
+    return found
 
 class Vae(nn.Module):
     "A frozen autoencoder of diffusers: images in [-1, 1] -> scaled latents, and back. R-REPA §4.3."
@@ -373,7 +380,7 @@ def cache_latents(vae:Vae, data, folder,   # a dataset; where the shards go
         replace_bytes(path, save({'moments': torch.cat(moments), 'labels': torch.cat(labels)}, {'vae': vae.identity}))
     return folder
 
-# %% ../nbs/12_latent.ipynb #a433f2fa
+# %% ../nbs/12_latent.ipynb #b7740439
 def replace_bytes(path:Path, content:bytes) -> None:
     tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
     tmp.write_bytes(content); os.replace(tmp, path)
@@ -384,13 +391,6 @@ def write_plan(folder:Path, plan:dict) -> None:
     old = read_plan(folder)
     if differ := [k for k in plan if old.get(k) != plan[k]]:
         raise ValueError(f'folder: {folder} holds latents with {differ[0]} {old.get(differ[0])!r}, not {plan[differ[0]]!r}; take another folder, or delete this one')
-
-def read_json(path:Path) -> dict:
-    "A dictionary from a file; ValueError that names the file for anything else."
-    try: found = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as e: raise ValueError(f'{path} cannot be read ({type(e).__name__}: {few_words(e)}); it is missing or was damaged') from None
-    if not isinstance(found, dict): raise ValueError(f'{path} holds a {type(found).__name__}, not a dictionary; it was damaged')
-    return found
 
 def read_plan(folder) -> dict:
     "What a folder of latents says about itself."

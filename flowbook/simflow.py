@@ -280,7 +280,7 @@ def make_vae(mean_only:bool=False,       # without the half that predicts the va
         if vae.quant_conv is not None: vae.quant_conv = nn.Conv2d(d, d, 1)
     return vae
 
-# %% ../nbs/13_simflow.ipynb #5f509af0
+# %% ../nbs/13_simflow.ipynb #a2434548
 class SimFlow(nn.Module, Pretrained):
     "An encoder, a decoder, and a flow on the latents between them. SimFlow §4.1."
     def __init__(self, vae:dict,         # arguments of diffusers' AutoencoderKL
@@ -293,7 +293,7 @@ class SimFlow(nn.Module, Pretrained):
         check_choice('norm', norm, (True, False))
         self.posterior, d = as_posterior(posterior), check_whole('vae, its latent_channels', vae.get('latent_channels', 4))   # 4 in diffusers
         try: self.flow = AdaTarFlow(**flow)
-        except TypeError as e: raise ValueError(f'flow: these arguments make no AdaTarFlow ({few_words(e)})') from None
+        except (TypeError, RuntimeError) as e: raise ValueError(f'flow: these arguments make no AdaTarFlow ({few_words(e)})') from None
         if d != self.flow.image_shape[0]: raise ValueError(f'flow: it has {self.flow.image_shape[0]} channels; the latents of this VAE have {d}')
         whole = make_vae(self.posterior.width(d) == d, **vae)
         self.encoder, self.decoder = chained(whole.encoder, whole.quant_conv), chained(whole.post_quant_conv, whole.decoder)
@@ -627,16 +627,15 @@ class Adversarial(nn.Module):
         tell = .5 * (F.relu(1 - self.critic(s.image)).mean() + F.relu(1 + self.critic(s.xhat.detach())).mean())
         return {'fool': fool, 'tell': tell}
 
-# %% ../nbs/13_simflow.ipynb #bb44ab9e
+# %% ../nbs/13_simflow.ipynb #65ca22b8
 def paper_terms(critic:nn.Module=None,   # PatchCritic() by default
                 start:int=0, p:int=1, distance=None, device='cpu') -> list: # distance: of `Perceptual`
     "Reconstruction, LPIPS where its weights are to be had, the adversarial pair and the flow, all with weight 1. SimFlow §4.1, A.4."
+    device = as_device(device)
     terms = [Reconstruction(p), FlowNLL(), Adversarial(PatchCritic() if critic is None else critic, start)]
-    if distance is not None: terms.insert(1, Perceptual(distance))    # what is wrong with it is an error
-    else:
-        device = as_device(device)
-        try: terms.insert(1, Perceptual(device=device))
-        except ValueError as e: print(f'The perceptual term is left out: {e}.')
+    if distance is not None: return [terms[0], Perceptual(distance), *terms[1:]]      # what is wrong with it is an error
+    try: terms.insert(1, Perceptual(device=device))
+    except ValueError as e: print(f'The perceptual term is left out: {e}.')
     return terms
 
 # %% ../nbs/13_simflow.ipynb #89a8a935

@@ -495,7 +495,7 @@ def test_a_plan_that_is_none_is_refused(vae, tmp_path, key, value, tried):
 
 
 @pytest.mark.fault(*SETTINGS)
-@pytest.mark.parametrize('key,value', [('scaling_factor', 0), ('scaling_factor', 'a'), ('scaling_factor', None), ('latent_channels', 'a'), ('latent_channels', -1), ('block_out_channels', []), ('block_out_channels', 3), ('down_block_types', ['Nothing']),
+@pytest.mark.parametrize('key,value', [('scaling_factor', 0), ('scaling_factor', 'a'), ('scaling_factor', None), ('latent_channels', 'a'), ('latent_channels', -1), ('latent_channels', 10**12), ('block_out_channels', []), ('block_out_channels', 3), ('down_block_types', ['Nothing']),
                                        ('act_fn', 'nothing'), ('norm_num_groups', 0), ('shift_factor', 'a')])
 def test_a_config_of_a_vae_that_is_none_is_refused(vae, tmp_path, key, value, tried):
     path, load = folders(vae, tmp_path)['config of a VAE']

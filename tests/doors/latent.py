@@ -79,7 +79,7 @@ RECIPE = {**dict(model=dict(image_size=4, channels=2, patch_size=2, dim=16, bloc
 DOORS = [
     door('places', lambda tmp: dict(h=2, w=3, order=[5, 4, 3, 2, 1, 0]), h=[v for v in whole() if v is not None], w=whole(), order=['reverse', 3, [0, 1], [0] * 6, [0, 1, 2, 3, 4, 6], [None] * 6]),
     door('angles', lambda tmp: dict(where=torch.zeros(6, 2).long(), e=8, theta=100.), where=[*tensor(), torch.zeros(6), torch.zeros(6, 3)], e=TURNING, theta=THETA),
-    door('turn', lambda tmp: dict(x=torch.zeros(2, 6, 8), angle=torch.zeros(6, 4)), x=[*tensor(), off('x', 1), off('x', 2), torch.zeros(8)], angle=[*tensor(), off('angle', 0), off('angle', 1), torch.zeros(1, 4), torch.zeros(4)]),
+    door('turn', lambda tmp: dict(x=torch.zeros(2, 6, 8), angle=torch.zeros(6, 4)), x=[*tensor(), off("x", 1), off("x", 2), torch.zeros(8)], angle=[*tensor(), off('angle', 0), off('angle', 1), torch.zeros(1, 4), torch.zeros(4)]),
     door('RopeAttention', lambda tmp: dict(dim=16, head_dim=8, places=torch.zeros(6, 2).long(), theta=100.), dim=[*whole(), 12], head_dim=TURNING, places=['places', torch.zeros(6, 2), torch.zeros(6).long(), torch.zeros(6, 3).long()], theta=THETA),
     door('RopeLayer', lambda tmp: dict(dim=16, head_dim=8, places=torch.zeros(6, 2).long(), theta=100.), dim=[*whole(), 12], head_dim=TURNING, places=['places', torch.zeros(6, 2)], theta=THETA),
     door('swiglu_width', lambda tmp: dict(dim=8, expand=4, multiple=8), dim=whole(), expand=whole(), multiple=whole()),
