@@ -7,27 +7,28 @@ __all__ = ['KINDS', 'SIZES', 'VAE', 'VARIANTS', 'KL_WEIGHT', 'PAPER', 'DIGITS', 
            'Unperturbed', 'Additive', 'Mixed', 'Linear', 'Slerp', 'check_perturb', 'Mean', 'Learned', 'posterior_of',
            'as_posterior', 'TokenNorm', 'NullEmbedding', 'modulate', 'Modulation', 'AdaLayer', 'AdaBlock', 'AdaTarFlow',
            'class_vectors', 'FastAdaLayer', 'ada_head', 'Size', 'flow_config', 'make_vae', 'SimFlow', 'chained',
-           'check_image', 'latent_samples', 'paper_model', 'Pass', 'Reconstruction', 'FlowNLL', 'Entropy', 'NormalNLL',
-           'Joint', 'Variant', 'terms_of', 'freeze', 'DrawNoise', 'training', 'train_simflow', 'spread_of', 'psnr',
-           'look', 'judged_samples', 'share_of', 'judge_collapse', 'simflow_collapse', 'TwoStages', 'Perceptual',
-           'PatchCritic', 'Adversarial', 'paper_terms', 'AlignedNLL', 'train_digits_simflow', 'turns',
+           'check_model', 'check_image', 'latent_samples', 'paper_model', 'Pass', 'Reconstruction', 'FlowNLL',
+           'Entropy', 'NormalNLL', 'Joint', 'Variant', 'terms_of', 'freeze', 'DrawNoise', 'training', 'train_simflow',
+           'spread_of', 'psnr', 'look', 'judged_samples', 'share_of', 'judge_collapse', 'simflow_collapse', 'TwoStages',
+           'Perceptual', 'PatchCritic', 'Adversarial', 'paper_terms', 'AlignedNLL', 'train_digits_simflow', 'turns',
            'judge_simflow_guidance', 'simflow_guidance', 'between', 'check_latents', 'spectrum', 'spectral_entropy',
            'high_frequency', 'total_variation', 'autocorrelation', 'latent_statistics', 'against_noise', 'halfway',
            'judge_robust', 'simflow_robust', 'elbo_errors', 'entropy_error', 'averaging_error', 'judge_exact',
            'simflow_exact']
 
-# %% ../nbs/13_simflow.ipynb #33f1cb87
+# %% ../nbs/13_simflow.ipynb #1852c169
 import math, time
 from typing import NamedTuple
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
-from .data import batches, load
+from .classify import check_data
+from .data import batches, check_choice, check_number, check_tensor, check_whole, load
 from .evidence import EXPERIMENTS, Verdict, all_of, compare, experiment, identity, lower, summary
 from .flows import Pretrained, check_y, normal_log_prob, shake, zero_
 from .guidance import Guidance, StarGuidance, score_guidance
 from .metrics import agreement, collect, digit_classifier, evaluate, lpips, reconstruction
-from .repa import alignment_loss
+from .repa import alignment_loss, as_device, check_strategy, few_words
 from .sampling import FAST, HEADS, FastLayer, anatomy, labels_of, sample, samples, weights_of
 from .tarflow import Attention, Mlp, TarBlock, TarFlow
 from .train import DropLabels, NonFiniteLoss, ema, fit, keyed_normal
@@ -36,7 +37,7 @@ from .train import DropLabels, NonFiniteLoss, ema, fit, keyed_normal
 # Axis legend of this module: b batch, c h w image, d u v latent (its width, its places down and across), N = d u v, n tokens, m tokens of a call,
 # t block, l layer, k classes; `dim` is the width of the Transformer. The latent, bold x in the paper, is `x` as in all flows of the book; its image i is `image`.
 
-# %% ../nbs/13_simflow.ipynb #9e4f359c
+# %% ../nbs/13_simflow.ipynb #d4f0b6d7
 class Latent(NamedTuple):
     "What the encoder and its posterior made of a batch."
     mu: Tensor                           # (b, d, u, v)
@@ -46,9 +47,9 @@ class Latent(NamedTuple):
 
 def gaussian_entropy(log_sigma:Tensor) -> Tensor: # (b, ...) -> (b,)
     "Entropy of a diagonal Gaussian per dimension, in nats: log sigma + log(2 pi e) / 2. SimFlow Eq. 34, divided by N."
-    return log_sigma.flatten(1).mean(1) + .5 * math.log(2 * math.pi * math.e)
+    return check_tensor('log_sigma', log_sigma, 'b n ...').flatten(1).mean(1) + .5 * math.log(2 * math.pi * math.e)
 
-# %% ../nbs/13_simflow.ipynb #f2db79c2
+# %% ../nbs/13_simflow.ipynb #85b263d4
 class Unperturbed:
     "x' = x: the encoder's word is final. SimFlow Table 6, 'No noise'."
     config = {'kind': 'Unperturbed'}
@@ -59,20 +60,18 @@ class Unperturbed:
 class Additive:
     "x' = x + sigma e: the fixed variance of SimFlow, sigma 0.5. SimFlow §4.1, Table 6."
     def __init__(self, sigma:float=.5):
-        if isinstance(sigma, bool) or not isinstance(sigma, (int, float)) or not 0 < sigma < math.inf:
-            raise ValueError(f'sigma: {sigma!r}; a standard deviation above 0; Unperturbed() adds nothing')
+        check_number('sigma', sigma, 0, above=True, what='a standard deviation above 0; Unperturbed() adds nothing')
         self.sigma, self.config = sigma, {'kind': 'Additive', 'sigma': sigma}
 
     def draws(self, N): return N
     def __call__(self, x, e): return x + self.sigma * e.view_as(x), gaussian_entropy(torch.full_like(x, math.log(self.sigma)))
     def __repr__(self): return f'Additive({self.sigma})'
 
-# %% ../nbs/13_simflow.ipynb #6e3f5c9a
+# %% ../nbs/13_simflow.ipynb #16036b75
 class Mixed:
     "x' = t x + noise(t) e with t uniform in `low`..1, one a sample: the base of `Linear` and `Slerp`. SimFlow Table 6."
     def __init__(self, low:float=0.):
-        if isinstance(low, bool) or not isinstance(low, (int, float)) or not 0 <= low < 1:
-            raise ValueError(f'low: {low!r}; the smallest share of the latent that is kept, 0 or more and below 1')
+        check_number('low', low, 0, 1, below=True, what='the smallest share of the latent that is kept, 0 or more and below 1')
         self.low, self.config = low, {'kind': type(self).__name__, 'low': low}
 
     def draws(self, N): return N + 1
@@ -91,10 +90,10 @@ class Slerp(Mixed):
     "x' = t x + sqrt(1 - t^2) e. SimFlow Table 6."
     def noise(self, t): return (1 - t**2).clamp(min=0).sqrt()
 
-# %% ../nbs/13_simflow.ipynb #d156f406
+# %% ../nbs/13_simflow.ipynb #4990b282
 def check_perturb(p):
     "ValueError for what is no perturbation."
-    if not callable(getattr(p, 'draws', None)) or hasattr(p, 'width'):
+    if isinstance(p, type) or not callable(getattr(p, 'draws', None)) or hasattr(p, 'width'):
         raise ValueError(f'perturb: {p!r}; give Unperturbed(), Additive(sigma), Linear() or Slerp()')
     return p
 
@@ -112,12 +111,12 @@ class Mean:
         return Latent(mu, x, entropy, (x - mu).detach().square().mean().sqrt())
     def __repr__(self): return f'Mean({self.perturb})'
 
-# %% ../nbs/13_simflow.ipynb #92ea8278
+# %% ../nbs/13_simflow.ipynb #c4302ed7
 class Learned:
     "The encoder gives mean and log variance, a standard VAE; a perturbation may follow (noise augmentation). Eq. 1, 5."
     def __init__(self, perturb=None, start:float=0., low:float=-30., high:float=20.): # `start` is added to the log variance; bounds as in LDM
-        if not all(map(math.isfinite, (start, low, high))) or low >= high: raise ValueError(f'start, low, high: {start}, {low}, {high}; finite, low below high')
-        self.perturb, self.start, self.low, self.high = perturb and check_perturb(perturb), start, low, high
+        check_number('start', start); check_number('high', high); check_number('low', low, high=high, below=True, what=f'a finite number below high {high}')
+        self.perturb, self.start, self.low, self.high = None if perturb is None else check_perturb(perturb), start, low, high
         self.config = {'kind': 'Learned', 'perturb': perturb and perturb.config, 'start': start, 'low': low, 'high': high}
 
     def width(self, d): return 2 * d
@@ -131,19 +130,23 @@ class Learned:
         return Latent(mu, x, gaussian_entropy(log_sigma), log_sigma.detach().exp().mean())
     def __repr__(self): return f'Learned({self.perturb or ""})'
 
-# %% ../nbs/13_simflow.ipynb #50fb0227
+# %% ../nbs/13_simflow.ipynb #2d5215a4
 KINDS = {k.__name__: k for k in (Unperturbed, Additive, Linear, Slerp, Mean, Learned)}
 
-def posterior_of(config:dict):           # what `.config` of a posterior or a perturbation gave
+def posterior_of(config:dict, within:bool=False): # what `.config` of a posterior or a perturbation gave
     "The posterior that a configuration describes."
-    kind, args = config.get('kind'), {k: posterior_of(v) if isinstance(v, dict) else v for k, v in config.items() if k != 'kind'}
-    if kind not in KINDS: raise ValueError(f'posterior: kind {kind!r}; choose of {", ".join(KINDS)}')
-    return KINDS[kind](**args)
+    if not isinstance(config, dict): raise ValueError(f'config: {config!r} came, must be what `.config` of a posterior gave')
+    kind = config.get('kind')
+    if not isinstance(kind, str) or kind not in KINDS: raise ValueError(f'posterior: kind {str(kind)[:80]!r} of the config; choose of {", ".join(KINDS)}')
+    if within and any(isinstance(v, dict) for v in config.values()): raise ValueError(f'posterior: {kind} within another holds a third in its config; a perturbation holds none')
+    args = {k: posterior_of(v, True) if isinstance(v, dict) else v for k, v in config.items() if k != 'kind'}
+    try: return KINDS[kind](**args)
+    except TypeError as e: raise ValueError(f'posterior: the config makes no {kind} ({few_words(e)})') from None
 
 def as_posterior(p=None):                # Mean(Additive(.5)) by default
     "A posterior, or what its configuration describes; ValueError for anything else."
     p = Mean() if p is None else posterior_of(p) if isinstance(p, dict) else p
-    if not callable(getattr(p, 'width', None)): raise ValueError(f'posterior: {p!r}; give Mean(...), Learned(...), or the configuration of one')
+    if isinstance(p, type) or not callable(getattr(p, 'width', None)): raise ValueError(f'posterior: {p!r}; give Mean(...), Learned(...), or the configuration of one')
     return p
 
 class TokenNorm(nn.Module):
@@ -239,7 +242,7 @@ def ada_head(block:AdaBlock, like:Tensor, rows:int, c:Tensor): # -> a function (
 FAST[anatomy(AdaLayer(8, 8))] = FastAdaLayer
 HEADS[AdaBlock.head] = ada_head
 
-# %% ../nbs/13_simflow.ipynb #d4bcbb10
+# %% ../nbs/13_simflow.ipynb #506ecc4a
 class Size(NamedTuple):
     "A row of SimFlow's Table 8."
     dim:int; heads:int; deep:int; printed:str
@@ -249,9 +252,11 @@ SIZES = {'S': Size(384, 6, 2, '37M'), 'B': Size(768, 12, 2, '141M'), 'L': Size(1
 
 def flow_config(size:Size, channels:int=64, side:int=16, classes:int=1000) -> dict: # 256x256, f16: 16 places a side; 512x512: 32
     "The arguments of `AdaTarFlow` for a size."
+    if not isinstance(size, Size): raise ValueError(f"size: {size!r} came, must be a Size, such as SIZES['S']")
+    check_whole('channels', channels); check_whole('side', side); check_whole('classes', classes, 0)
     return dict(image_size=side, channels=channels, patch_size=1, dim=size.dim, blocks=6, layers=(2, 2, 2, 2, 2, size.deep), head_dim=size.dim // size.heads, classes=classes)
 
-# %% ../nbs/13_simflow.ipynb #50f3c4bc
+# %% ../nbs/13_simflow.ipynb #18d1f175
 VAE = dict(in_channels=3, out_channels=3, latent_channels=64,
            block_out_channels=(128, 128, 256, 256, 512), layers_per_block=2,               # f16: four of five levels halve
            down_block_types=('DownEncoderBlock2D',) * 4 + ('AttnDownEncoderBlock2D',),     # attention at 16x16
@@ -262,16 +267,20 @@ def make_vae(mean_only:bool=False,       # without the half that predicts the va
     "diffusers' autoencoder. It has no option for the mean alone: two layers are replaced. SimFlow App. B."
     try: from diffusers import AutoencoderKL
     except ImportError as e: raise ImportError('autoencoders are models of diffusers: pip install diffusers') from e
-    if len(levels := {len(config[k]) for k in ('block_out_channels', 'down_block_types', 'up_block_types') if k in config}) > 1:
+    lists = {k: config[k] for k in ('block_out_channels', 'down_block_types', 'up_block_types') if k in config}
+    for k, v in lists.items():
+        if not isinstance(v, (tuple, list)): raise ValueError(f'vae: {k} {v!r} came, must be a list, one entry a level')
+    if len(levels := set(map(len, lists.values()))) > 1:
         raise ValueError(f'vae: block_out_channels, down_block_types and up_block_types have {sorted(levels)} entries; give one a level to each')
-    vae = AutoencoderKL(**config)
+    try: vae = AutoencoderKL(**config)
+    except Exception as e: raise ValueError(f'vae: these arguments make no AutoencoderKL ({type(e).__name__}: {few_words(e)})') from None # diffusers fails in many ways
     if mean_only:
         d, last = vae.config.latent_channels, vae.encoder.conv_out
         vae.encoder.conv_out = nn.Conv2d(last.in_channels, d, 3, padding=1)
         if vae.quant_conv is not None: vae.quant_conv = nn.Conv2d(d, d, 1)
     return vae
 
-# %% ../nbs/13_simflow.ipynb #9bb466fc
+# %% ../nbs/13_simflow.ipynb #a2434548
 class SimFlow(nn.Module, Pretrained):
     "An encoder, a decoder, and a flow on the latents between them. SimFlow §4.1."
     def __init__(self, vae:dict,         # arguments of diffusers' AutoencoderKL
@@ -279,7 +288,12 @@ class SimFlow(nn.Module, Pretrained):
                  posterior=None,         # Mean(Additive(.5)) by default; or its configuration
                  norm:bool=True):        # of latent tokens: `TokenNorm`, or none
         super().__init__()
-        self.posterior, self.flow, d = as_posterior(posterior), AdaTarFlow(**flow), vae.get('latent_channels', 4)   # 4 in diffusers
+        for k, v in (('vae', vae), ('flow', flow)):
+            if not isinstance(v, dict): raise ValueError(f'{k}: {type(v).__name__} came, must be a dictionary of arguments')
+        check_choice('norm', norm, (True, False))
+        self.posterior, d = as_posterior(posterior), check_whole('vae, its latent_channels', vae.get('latent_channels', 4))   # 4 in diffusers
+        try: self.flow = AdaTarFlow(**flow)
+        except (TypeError, RuntimeError) as e: raise ValueError(f'flow: these arguments make no AdaTarFlow ({few_words(e)})') from None
         if d != self.flow.image_shape[0]: raise ValueError(f'flow: it has {self.flow.image_shape[0]} channels; the latents of this VAE have {d}')
         whole = make_vae(self.posterior.width(d) == d, **vae)
         self.encoder, self.decoder = chained(whole.encoder, whole.quant_conv), chained(whole.post_quant_conv, whole.decoder)
@@ -294,55 +308,62 @@ class SimFlow(nn.Module, Pretrained):
         check_image(self, image)
         out, m = self.encoder(image).to(image.dtype), self.posterior.draws(self.N)   # under bf16 autocast the likelihood of what follows stays float32
         if e is None: e = torch.randn(len(image), m, dtype=out.dtype).to(out.device)
-        elif tuple(e.shape) != (len(image), m): raise ValueError(f'e: shape {tuple(e.shape)} came; {self.posterior} draws ({len(image)}, {m}) numbers here')
+        elif not isinstance(e, Tensor) or not e.is_floating_point() or tuple(e.shape) != (len(image), m):
+            raise ValueError(f'e: {getattr(e, "dtype", type(e).__name__)} of shape {tuple(getattr(e, "shape", ()))} came; {self.posterior} draws ({len(image)}, {m}) numbers here')
         return self.posterior(out, self.norm, e.to(out))
 
     def decode(self, x):                 # (b, d, u, v) -> (b, c, h, w)
-        if tuple(x.shape[1:]) != tuple(self.flow.image_shape): raise ValueError(f'x: shape {tuple(x.shape)} came; the latents of this model are (b, {", ".join(map(str, self.flow.image_shape))})')
+        if tuple(check_tensor('x', x, 'b d u v').shape[1:]) != tuple(self.flow.image_shape): raise ValueError(f'x: shape {tuple(x.shape)} came; the latents of this model are (b, {", ".join(map(str, self.flow.image_shape))})')
         return self.decoder(x)
     def forward(self, image): return self.decode(self.latent(image).x)
 
     @torch.no_grad()
     def reconstruct(self, image, noise:float=0., generator=None): # from mu, or from mu + noise e
+        check_number('noise', noise, 0)
         mu = self.latent(image).mu
         return self.decode(mu + noise * torch.randn(mu.shape, generator=generator, dtype=mu.dtype).to(mu.device) if noise else mu)
 
-    def sample(self, n_or_y, guidance:Guidance=None, # StarGuidance(w) in the paper
+    def sample(self, y_or_n, guidance:Guidance=None, # StarGuidance(w) in the paper
                gamma:float=0.,           # length of the step along the scores, Eq. 6; 0.25 in the paper
                generator=None, solver='sequential', batch_size:int=None, decode:bool=True) -> Tensor: # False: the latents
         "Latents by the flow, guided in its deep block, one step along the scores of all blocks, decoded. SimFlow §4.4."
-        parts = list(latent_samples(self.flow, n_or_y, guidance, gamma, generator, solver, batch_size))
+        parts = list(latent_samples(self.flow, y_or_n, guidance, gamma, generator, solver, batch_size))
         if not parts: return next(self.parameters()).new_empty(0, *(self.image_shape if decode else self.flow.image_shape))
         with torch.no_grad(): return torch.cat([self.decode(x) if decode else x for x in parts])
 
-# %% ../nbs/13_simflow.ipynb #1f31271e
+# %% ../nbs/13_simflow.ipynb #2b4e122c
 def chained(*modules) -> nn.Sequential: return nn.Sequential(*[m for m in modules if m is not None])
+
+def check_model(model) -> SimFlow:
+    if not isinstance(model, SimFlow): raise ValueError(f'model: {type(model).__name__} came, must be a SimFlow')
+    return model
 
 def check_image(model:SimFlow, image:Tensor) -> None:
     "ValueError for images that the VAE's factor does not divide, or that are not of this model's size."
     c, h, w = model.image_shape
-    if not image.is_floating_point(): raise ValueError(f'image: {image.dtype} came; give floating point images in [-1, 1]')
-    if image.ndim == 4 and any(s % model.factor for s in image.shape[2:]): raise ValueError(
+    check_tensor('image', image, 'b c h w', what='images in [-1, 1]')
+    if any(s % model.factor for s in image.shape[2:]): raise ValueError(
         f'image: {image.shape[2]}x{image.shape[3]} pixels; the factor {model.factor} of this VAE does not divide them')
     if tuple(image.shape[1:]) != (c, h, w): raise ValueError(f'image: shape {tuple(image.shape)} came; this model takes (b, {c}, {h}, {w})')
 
-def latent_samples(flow:TarFlow, n_or_y, guidance, gamma:float, generator, solver, batch_size): # yields (b, d, u, v)
+def latent_samples(flow:TarFlow, y_or_n, guidance, gamma:float, generator, solver, batch_size): # yields (b, d, u, v)
     "Inverted with guidance, then SimFlow Eq. 6: x + gamma (grad log p(x|y) - grad log p(x))."
-    _, y = labels_of(flow, n_or_y)
-    if gamma and y is None: raise ValueError(f'n_or_y: {n_or_y!r} with gamma {gamma}; the step of Eq. 6 needs labels, one a sample')
+    _, y = labels_of(flow, y_or_n)
+    check_number('gamma', gamma)
+    if gamma and y is None: raise ValueError(f'y_or_n: {y_or_n!r} with gamma {gamma}; the step of Eq. 6 needs labels, one a sample')
     first = 0
-    for x in samples(flow, n_or_y, guidance, solver=solver, generator=generator, batch_size=batch_size, on_broken='keep'): # no card says how far these latents reach
+    for x in samples(flow, y_or_n, guidance, solver=solver, generator=generator, batch_size=batch_size, on_broken='keep'): # no card says how far these latents reach
         yield score_guidance(flow, x, y[first:first + len(x)], gamma) if gamma else x
         first += len(x)
 
-# %% ../nbs/13_simflow.ipynb #459d21e9
+# %% ../nbs/13_simflow.ipynb #68a81df9
 def paper_model(size:str='S', image_size:int=256, d:int=64, classes:int=1000, posterior=None, norm:bool=True) -> SimFlow:
     "SimFlow at full size: diffusers' autoencoder (f16) and the flow of Table 8. 256x256: 16x16 tokens; 512x512: 32x32."
-    if size not in SIZES: raise ValueError(f'size: {size!r}; choose of {", ".join(SIZES)}')
-    if image_size % 16: raise ValueError(f'image_size: {image_size}; the factor 16 of this VAE does not divide it')
+    check_choice('size', size, SIZES); check_whole('d', d)
+    if check_whole('image_size', image_size) % 16: raise ValueError(f'image_size: {image_size}; the factor 16 of this VAE does not divide it')
     return SimFlow({**VAE, 'latent_channels': d}, flow_config(SIZES[size], d, image_size // 16, classes), posterior, norm)
 
-# %% ../nbs/13_simflow.ipynb #9ba35822
+# %% ../nbs/13_simflow.ipynb #a8fa73df
 class Pass(NamedTuple):
     "One forward pass, as the terms see it."
     model: SimFlow
@@ -355,7 +376,7 @@ class Reconstruction:
     "Absolute (p=1) or squared (p=2) error, averaged over pixels. SimFlow A.4."
     name = 'rec'
     def __init__(self, p:int=2):
-        if p not in (1, 2): raise ValueError(f'p: {p!r}; 1 is the absolute error, 2 the squared one')
+        if type(p) is not int or p not in (1, 2): raise ValueError(f'p: {p!r}; 1 is the absolute error, 2 the squared one')
         self.p = p
     def __call__(self, s): return (s.xhat - s.image).abs().pow(self.p).mean()
 
@@ -377,18 +398,20 @@ class NormalNLL:
     name = 'normal'
     def __call__(self, s): return -normal_log_prob(s.latent.x).mean() / s.model.N
 
-# %% ../nbs/13_simflow.ipynb #c993a995
+# %% ../nbs/13_simflow.ipynb #30fa7751
 class Joint(nn.Module):
     "An `Objective`: weighted terms of one forward pass, one backward pass through encoder, decoder and flow. SimFlow Eq. 4, 36."
     calls_forward = False                # of the model: its parts are run one by one, and so `fit(compile=True)` would do nothing
     def __init__(self, *terms):          # each a term or (weight, term), all weights 1 in the paper; Reconstruction() and FlowNLL() by default
         super().__init__()
-        self.terms = [t if isinstance(t, tuple) else (1., t) for t in terms or (Reconstruction(), FlowNLL())]
+        self.terms = [t if isinstance(t, tuple) and len(t) == 2 else (1., t) for t in terms or (Reconstruction(), FlowNLL())]
         for weight, t in self.terms:
-            if not callable(t) or not isinstance(weight, (int, float)) or not math.isfinite(weight): raise ValueError(f'terms: {weight!r}, {t!r}; a term, or (weight, term)')
+            check_number('terms, a weight', weight)
+            if isinstance(t, type) or not callable(t): raise ValueError(f'terms: {t!r} came, must be a term, such as FlowNLL(), or (weight, term)')
         self.learned = nn.ModuleList([t for _, t in self.terms if isinstance(t, nn.Module)]) # projector, critic: `fit` trains them, too
 
     def forward(self, model:SimFlow, image:Tensor, y:Tensor, target=None) -> dict: # target: the numbers that `DrawNoise` drew
+        check_model(model)
         latent = model.latent(image, target)
         s, found, loss = Pass(model, image, y, latent, model.decode(latent.x)), {}, 0.
         for weight, term in self.terms:
@@ -424,11 +447,12 @@ VARIANTS = {'fixed': Variant(),                                                 
             'linear': Variant(Mean(Linear())), 'slerp': Variant(Mean(Slerp())),
             'vae, learned': Variant(Learned(), flow=False), 'vae, fixed': Variant(flow=False)} # reconstruction alone: Fig. 3
 
-# %% ../nbs/13_simflow.ipynb #65370f6d
+# %% ../nbs/13_simflow.ipynb #a942be3e
 KL_WEIGHT = 1e-6                         # of the prior where a VAE is trained alone
 
 def terms_of(v:Variant, p:int=1, weight:float=1.) -> list: # p of the reconstruction, and its weight
     "The terms of joint training, or of a VAE alone."
+    if not isinstance(v, Variant): raise ValueError(f"v: {v!r} came, must be a Variant, such as VARIANTS['fixed']")
     prior, entropy = (FlowNLL(), (v.entropy, Entropy())) if v.flow else ((KL_WEIGHT, NormalNLL()), (KL_WEIGHT, Entropy()))
     has = v.entropy if v.flow else isinstance(v.posterior, Learned)
     return [(weight, Reconstruction(p)), prior] + [entropy] * bool(has)
@@ -436,12 +460,14 @@ def terms_of(v:Variant, p:int=1, weight:float=1.) -> list: # p of the reconstruc
 def freeze(*modules:nn.Module) -> None:
     "No gradient to these parameters: 'frozen encoder', 'frozen VAE'. SimFlow Table 10."
     for m in modules:
+        if not isinstance(m, nn.Module): raise ValueError(f'modules: {type(m).__name__} came, must be networks')
+    for m in modules:
         for p in m.requires_grad_(False).parameters(): p.grad = None              # what the stage before left there
 
-# %% ../nbs/13_simflow.ipynb #1cf54165
+# %% ../nbs/13_simflow.ipynb #578784a3
 class DrawNoise:
     "A transform of batches: the numbers that a posterior draws, keyed by sample; they become the batch's target."
-    def __init__(self, m:int): self.m = m # model.posterior.draws(model.N)
+    def __init__(self, m:int): self.m = check_whole('m', m, 0) # model.posterior.draws(model.N)
     def __call__(self, batch): return batch._replace(target=keyed_normal(batch, (self.m,), 'latent'))
     def __repr__(self): return f'DrawNoise({self.m})'
 
@@ -452,11 +478,14 @@ DIGITS = dict(data='digits', variant='fixed', steps=300, lr=4e-3, batch_size=64,
                        down_block_types=('DownEncoderBlock2D',) * 2, up_block_types=('UpDecoderBlock2D',) * 2, mid_block_add_attention=False, norm_num_groups=8),
               flow=dict(image_size=4, channels=64, patch_size=1, dim=64, blocks=2, layers=(1, 2), head_dim=16, classes=10))
 
-# %% ../nbs/13_simflow.ipynb #71974c23
+# %% ../nbs/13_simflow.ipynb #a2f204cf
 def training(config:dict, data, seed:int=0, every:int=25): # see DIGITS; yields (logs, the model, averaged if `average`)
     "Train a variant jointly, or a part alone and then the rest; the first report is step 0."
-    c, steps, v = config, config['steps'], config['variant']
-    if isinstance(v, str) and v not in VARIANTS: raise ValueError(f'variant: {v!r}; a Variant, or one of {"; ".join(VARIANTS)}')
+    if not isinstance(config, dict) or (gone := [k for k in DIGITS if k not in config and k != 'data']):
+        raise ValueError(f'config: {f"it lacks {gone[0]}" if isinstance(config, dict) else repr(config) + " came"}, must be a dictionary with {", ".join(DIGITS)}')
+    c, steps, v = config, check_whole('config, steps', config['steps']), config['variant']
+    check_data('data', data); check_whole('seed', seed, 0); check_whole('every', every); check_number('config, average', c['average'], 0, 1, below=True)
+    if not isinstance(v, Variant) and not (isinstance(v, str) and v in VARIANTS): raise ValueError(f'config, variant: {v!r}; a Variant, or one of {"; ".join(VARIANTS)}')
     v = VARIANTS[v] if isinstance(v, str) else v
     if odd := set(v.frozen) - {'encoder', 'decoder'}: raise ValueError(f"frozen: {', '.join(sorted(odd))}; 'encoder', 'decoder', or both")
     torch.manual_seed(seed)
@@ -475,9 +504,10 @@ def training(config:dict, data, seed:int=0, every:int=25): # see DIGITS; yields 
     yield {'step': 0}, model.eval()
     yield from stage(v, steps)
 
-# %% ../nbs/13_simflow.ipynb #c7ee9add
+# %% ../nbs/13_simflow.ipynb #f2522057
 def train_simflow(config:dict=DIGITS, data=None, seed:int=0) -> SimFlow:
     "Train as a configuration says; the last model of `training`."
+    if not isinstance(config, dict) or not {'data', 'steps', 'variant'} <= config.keys(): raise ValueError(f'config: {type(config).__name__} came, must be a dictionary such as DIGITS')
     for _, model in training(config, load(config['data']) if data is None else data, seed, every=config['steps']): pass
     model.card = {'data': config['data'], 'variant': str(config['variant']), 'seed': seed, 'steps': config['steps']}
     return model.eval()
@@ -485,11 +515,15 @@ def train_simflow(config:dict=DIGITS, data=None, seed:int=0) -> SimFlow:
 @torch.no_grad()
 def spread_of(model:SimFlow, image:Tensor) -> dict:
     "How far the latents of images are apart: root of the variance of mu over images, averaged over dimensions; beside sigma and the size of mu."
-    latent = model.latent(image)
+    latent = check_model(model).latent(image)
+    if len(image) < 2: raise ValueError(f'image: {len(image)} came, must be two or more: their variance is asked for')
     return {'spread': latent.mu.flatten(1).var(0).mean().sqrt().item(), 'sigma': latent.sigma.item(), 'rms': latent.mu.square().mean().sqrt().item()}
 
-# %% ../nbs/13_simflow.ipynb #b8688bf9
-def psnr(image:Tensor, xhat:Tensor) -> float: return reconstruction(image, xhat, 'psnr')['psnr']
+# %% ../nbs/13_simflow.ipynb #16bd9bc9
+def psnr(image:Tensor, xhat:Tensor) -> float: # (b, c, h, w) twice
+    if check_tensor('image', image, 'b c h w').shape != check_tensor('xhat', xhat, 'b c h w').shape or not len(image):
+        raise ValueError(f'image, xhat: shapes {tuple(image.shape)}, {tuple(xhat.shape)} came, must be equal, one image or more')
+    return reconstruction(image, xhat, 'psnr')['psnr']
 
 @torch.no_grad()
 def look(model:SimFlow, image:Tensor, e:Tensor) -> dict: # e: the same noise at every look
@@ -541,12 +575,13 @@ def simflow_collapse(seed, budget):
         out[name] = {**{k: [r[k] for r in runs] for k in runs[0]}, **judged_samples(x, y, reference)}
     return out
 
-# %% ../nbs/13_simflow.ipynb #78b974be
+# %% ../nbs/13_simflow.ipynb #685f4cd5
 class TwoStages:
     "A schedule for `fit`: constant, then half a cosine down to `floor`, 1e-4 -> 1e-6. SimFlow Table 9."
     def __init__(self, epochs:tuple=(80, 80), floor:float=.01):
-        if not isinstance(epochs, (tuple, list)) or len(epochs) != 2 or not all(isinstance(k, (int, float)) and k >= 0 for k in epochs) or not sum(epochs): raise ValueError(f'epochs: {epochs!r}; two lengths, 0 or more, such as (80, 80)')
-        self.epochs, self.floor = epochs, floor
+        what = 'two lengths, 0 or more and not both 0, such as (80, 80)'
+        if not isinstance(epochs, (tuple, list)) or len(epochs) != 2 or not sum(check_number('epochs', k, 0, what=what) for k in epochs): raise ValueError(f'epochs: {epochs!r} came, must be {what}')
+        self.epochs, self.floor = epochs, check_number('floor', floor, 0, 1)
     def __call__(self, step:int, steps:int, warmup:int=0) -> float: # 0, 1, ... steps - 1 -> share of the peak rate
         first = steps * self.epochs[0] / sum(self.epochs)
         if step < warmup: return self.floor + (1 - self.floor) * step / warmup
@@ -554,19 +589,21 @@ class TwoStages:
         t = (step - first) / max(1, steps - 1 - first)
         return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * min(1., t))) / 2
 
-# %% ../nbs/13_simflow.ipynb #01154a1a
+# %% ../nbs/13_simflow.ipynb #52eee6b9
 class Perceptual:
     "A distance of images such as LPIPS, averaged over images. SimFlow §4.1."
     name = 'perceptual'
     def __init__(self, distance=None,    # callable (b, c, h, w) twice -> (b,), differentiable; None: LPIPS (VGG), ValueError without its weights
                  device='cpu'):
-        self.distance = lpips(device=device) if distance is None else distance
+        if distance is not None and not callable(distance): raise ValueError(f'distance: {distance!r} came, must be callable: images twice -> (b,)')
+        self.distance = lpips(device=as_device(device)) if distance is None else distance
     def __call__(self, s): return self.distance(s.xhat, s.image).mean()
 
-# %% ../nbs/13_simflow.ipynb #a7fdc855
+# %% ../nbs/13_simflow.ipynb #f69f480a
 class PatchCritic(nn.Sequential):
     "Strided convolutions; every number that comes out judges a patch. PatchGAN (Isola et al., 2017), as in LDM."
     def __init__(self, channels:int=3, width:int=64, levels:int=3):
+        check_whole('channels', channels); check_whole('width', width); check_whole('levels', levels)
         layers, last = [nn.Conv2d(channels, width, 4, 2, 1), nn.LeakyReLU(.2)], width
         for k in range(1, levels + 1):
             wide = width * min(2**k, 8)
@@ -579,7 +616,8 @@ class Adversarial(nn.Module):
     def __init__(self, critic:nn.Module, # (b, c, h, w) -> scores of any shape
                  start:int=0):           # steps before it sets in; 50,000 in LDM
         super().__init__()
-        self.critic, self.start = critic, start
+        if not isinstance(critic, nn.Module): raise ValueError(f'critic: {type(critic).__name__} came, must be a network, such as PatchCritic()')
+        self.critic, self.start = critic, check_whole('start', start, 0)
         self.register_buffer('seen', torch.zeros((), dtype=torch.long))           # a buffer: a resumed run remembers it
     def forward(self, s):
         self.seen += 1
@@ -589,31 +627,38 @@ class Adversarial(nn.Module):
         tell = .5 * (F.relu(1 - self.critic(s.image)).mean() + F.relu(1 + self.critic(s.xhat.detach())).mean())
         return {'fool': fool, 'tell': tell}
 
-# %% ../nbs/13_simflow.ipynb #f9d7e295
+# %% ../nbs/13_simflow.ipynb #65ca22b8
 def paper_terms(critic:nn.Module=None,   # PatchCritic() by default
                 start:int=0, p:int=1, distance=None, device='cpu') -> list: # distance: of `Perceptual`
     "Reconstruction, LPIPS where its weights are to be had, the adversarial pair and the flow, all with weight 1. SimFlow §4.1, A.4."
+    device = as_device(device)
     terms = [Reconstruction(p), FlowNLL(), Adversarial(PatchCritic() if critic is None else critic, start)]
-    try: terms.insert(1, Perceptual(distance, device))
+    if distance is not None: return [terms[0], Perceptual(distance), *terms[1:]]      # what is wrong with it is an error
+    try: terms.insert(1, Perceptual(device=device))
     except ValueError as e: print(f'The perceptual term is left out: {e}.')
     return terms
 
-# %% ../nbs/13_simflow.ipynb #36a59bb0
+# %% ../nbs/13_simflow.ipynb #89a8a935
 class AlignedNLL(nn.Module):
     "The flow's term, and features of its middle aligned with a vision encoder's: REPA-E where the latents have a graph. SimFlow §4.2, Table 9."
     def __init__(self, strategy,         # Forward([(3, 1)]) in the paper: layer 1 of block 3. Detach and Reverse cut before the block: the VAE learns nothing
                  encoder,                # callable: clean image -> patches (b, n, D); frozen
                  projector:nn.Module, lam:float=1.):
         super().__init__()
-        self.strategy, self.projector, self.lam, self.look = strategy, projector, lam, [encoder] # in a list: no submodule, nothing trains it
+        check_strategy(strategy)
+        if not callable(encoder): raise ValueError(f'encoder: {encoder!r} came, must be callable: clean image -> patches (b, n, D)')
+        if not isinstance(projector, nn.Module): raise ValueError(f'projector: {type(projector).__name__} came, must be a network, such as Projector')
+        self.strategy, self.projector, self.lam, self.look = strategy, projector, check_number('lam', lam, 0), [encoder] # in a list: no submodule, nothing trains it
     def __call__(self, s):
         with torch.no_grad(): v = self.look[0](s.image)
         nll, feats = self.strategy.graph(s.model.flow, s.latent.x, s.y if s.model.classes else None)
         return {'nll': nll, 'align': self.lam * alignment_loss(self.projector(torch.stack(list(feats.values()))), v).mean()}
 
-# %% ../nbs/13_simflow.ipynb #e01c4277
+# %% ../nbs/13_simflow.ipynb #3b51e850
 def train_digits_simflow(seed:int=0, steps:int=None) -> SimFlow: # fewer steps, to try it
     "The book's checkpoint: `DIGITS` for 1,200 steps, averaged weights; what it keeps goes on its card. Two minutes."
+    if steps is not None: check_whole('steps', steps)
+    check_whole('seed', seed, 0)
     config = {**DIGITS, 'steps': 1200 if steps is None else steps, 'average': .99}
     model = train_simflow(config, seed=seed)
     data, (test, _) = load('digits'), load('digits', 'test').batch(range(360))
@@ -622,9 +667,11 @@ def train_digits_simflow(seed:int=0, steps:int=None) -> SimFlow: # fewer steps, 
                    'agreement': round(agreement(digit_classifier(), x.clamp(-1, 1), torch.arange(100) % 10), 3), 'class_names': list(data.classes)}
     return model
 
-# %% ../nbs/13_simflow.ipynb #824b9acc
+# %% ../nbs/13_simflow.ipynb #91962f17
 def turns(kinds:dict, rounds:int) -> dict: # name -> function
     "Seconds of each, the least of some rounds in turns; of this process alone, so that on one thread a busy machine does not count."
+    check_whole('rounds', rounds)
+    if not isinstance(kinds, dict) or not all(map(callable, kinds.values())): raise ValueError(f'kinds: {kinds!r} came, must be a dictionary: name -> function')
     least = dict.fromkeys(kinds, math.inf)
     for k in range(rounds + 1):                              # the first round warms up
         for name, f in kinds.items():
@@ -677,16 +724,19 @@ def simflow_guidance(seed, budget):
     seconds |= {f'{long.z_shape[0]} tokens, {n} at once': timed(long, n) for n in c['long_batches']}
     return {'curves': curves, 'judged': judged, 'seconds': seconds, 'psnr': psnr(image, model.reconstruct(image))}
 
-# %% ../nbs/13_simflow.ipynb #2a3bc544
+# %% ../nbs/13_simflow.ipynb #c13505fd
 @torch.no_grad()
 def between(model:SimFlow, a:Tensor, b:Tensor, steps:int=8) -> Tensor: # (c, h, w) twice -> (steps, c, h, w)
     "Decoded points on the line between the latents of two images. SimFlow Fig. 3b."
+    shape = ' '.join(map(str, check_model(model).image_shape))
+    check_tensor('a', a, shape); check_tensor('b', b, shape); check_whole('steps', steps)
     mu, t = model.latent(torch.stack([a, b])).mu, torch.linspace(0, 1, steps).view(-1, 1, 1, 1).to(a)
     return model.decode((1 - t) * mu[0] + t * mu[1])
 
-# %% ../nbs/13_simflow.ipynb #017e5f9b
+# %% ../nbs/13_simflow.ipynb #ee4b67df
 def check_latents(x:Tensor) -> None:
-    if x.ndim != 4 or not x.numel() or x.shape[2] * x.shape[3] < 2: raise ValueError(f'x: shape {tuple(x.shape)} came; give latents (b, d, u, v), one or more, of two places or more')
+    check_tensor('x', x, 'b d u v', what='give latents')
+    if not x.numel() or x.shape[2] * x.shape[3] < 2 or not x.isfinite().all(): raise ValueError(f'x: shape {tuple(x.shape)} came; give latents (b, d, u, v), one or more, finite, of two places or more')
 
 def spectrum(x:Tensor) -> Tensor: # (b, d, u, v) -> (u, v) shares of the power, averaged over images and channels
     check_latents(x)
@@ -700,10 +750,11 @@ def spectral_entropy(x:Tensor) -> float:
 
 def high_frequency(x:Tensor, above:float=.25) -> float: # cycles a place; at most 0.5 along an axis
     "The share of power at frequencies above a bound. SimFlow Fig. 4b."
+    check_latents(x); check_number('above', above, 0)
     u, v = (torch.fft.fftfreq(n, dtype=torch.float64, device=x.device) for n in x.shape[2:])
     return spectrum(x)[(u[:, None]**2 + v**2).sqrt() > above].sum().item()
 
-# %% ../nbs/13_simflow.ipynb #319de1b0
+# %% ../nbs/13_simflow.ipynb #2056f8ee
 def total_variation(x:Tensor) -> float:
     "The mean absolute difference of neighbours, in standard deviations: 2 / sqrt(pi) for white noise. SimFlow Fig. 4c."
     check_latents(x)
@@ -714,7 +765,7 @@ def total_variation(x:Tensor) -> float:
 def autocorrelation(x:Tensor, lag:int=1) -> float:
     "Correlation of the token sequence with itself, shifted: 0 for white noise. SimFlow Fig. 4d."
     check_latents(x)
-    if isinstance(lag, bool) or not isinstance(lag, int) or not 1 <= lag < x.shape[2] * x.shape[3]: raise ValueError(f'lag: {lag!r}; 1 to {x.shape[2] * x.shape[3] - 1}, below the number of tokens')
+    check_whole('lag', lag, 1, x.shape[2] * x.shape[3] - 1, f'1 to {x.shape[2] * x.shape[3] - 1}, below the number of tokens')
     x = x.double().flatten(2)                                                    # (b, d, n), in raster order
     x = x - x.mean((0, 2), keepdim=True)
     return ((x[..., lag:] * x[..., :-lag]).mean() / x.square().mean().clamp(min=1e-300)).item()

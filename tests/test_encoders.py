@@ -1,4 +1,6 @@
 """Vision encoders: shapes, frozen, timm's own numbers, doors and their messages."""
+import json
+import pickle
 import time
 from pathlib import Path
 
@@ -97,6 +99,93 @@ def test_a_file_that_lacks_tensors_is_refused(tiny, tmp_path):
     some = {k: v for k, v in tiny[0].state_dict().items() if 'blocks.3.' not in k}
     save_file(some, str(tmp_path/'some.safetensors'))
     with pytest.raises(ValueError, match='lacks.*blocks.3'): E.encoder('vit_tiny_patch16_224', (2, 2), tmp_path/'some.safetensors')
+
+
+PICKLE = 'malice', 'a pickle that runs code lies in place of a file of weights, latents or settings', 'refused, nothing of it runs, the file is named; take the file from where it can be trusted'
+RUBBISH = 'disk', 'a file of weights, latents or settings is empty, cut off or rubbish', 'refused, the file is named; delete it and take it again from where it came'
+UNFIT = 'disk', 'a readable file of weights or latents lacks a tensor, or has one of another shape, kind or range', 'refused, the file and what is wrong with it are named; delete it and take it again from where it came'
+
+
+class Bomb:                                                 # opens a file for writing when it is unpickled
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return open, (str(self.path), 'w')
+
+
+def pickles(tmp_path):
+    torch.save({'weights': Bomb(tmp_path/'boom')}, tmp_path/'zip')
+    torch.save({'weights': Bomb(tmp_path/'boom')}, tmp_path/'old', _use_new_zipfile_serialization=False)
+    return [pickle.dumps(Bomb(tmp_path/'boom')), (tmp_path/'zip').read_bytes(), (tmp_path/'old').read_bytes()]
+
+
+def refused(call, path, tried):
+    with pytest.raises(ValueError) as e: call()
+    assert path.name in str(e.value), f'{path.name} is not named in: {e.value}'
+    tried(said=e.value)
+
+
+@pytest.mark.fault(*PICKLE)
+@pytest.mark.parametrize('suffix', ['.safetensors', '.pth', '.bin', '.pt', '.npz', ''])
+def test_a_pickle_is_refused(suffix, tmp_path, tried):
+    path = tmp_path/f'weights{suffix}'
+    for content in pickles(tmp_path):
+        path.write_bytes(content)
+        refused(lambda: E.encoder('vit_tiny_patch16_224', (2, 2), path), path, tried)
+        assert not (tmp_path/'boom').exists()
+    tried(times=3)
+
+
+@pytest.mark.fault(*RUBBISH)
+@pytest.mark.parametrize('suffix', ['.safetensors', '.pth', '.npz'])
+def test_rubbish_is_refused(suffix, tmp_path, tried):
+    path = tmp_path/f'weights{suffix}'
+    bad = [b'', b'rubbish', b'\0' * 1000, b'\xff' * 16]
+    for content in bad:
+        path.write_bytes(content)
+        refused(lambda: E.encoder('vit_tiny_patch16_224', (2, 2), path), path, tried)
+    tried(times=len(bad))
+
+
+@pytest.mark.fault(*UNFIT)
+def test_weights_of_another_shape_are_refused(tiny, tmp_path, tried):
+    from safetensors.torch import save_file
+    path = tmp_path/'other.safetensors'
+    save_file({**tiny[0].state_dict(), 'blocks.0.mlp.fc1.weight': torch.zeros(3, 3)}, str(path))
+    refused(lambda: E.encoder('vit_tiny_patch16_224', (2, 2), path), path, tried)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    E.DigitsViT(8, 1, 2).save_pretrained(tmp_path/'encoder')
+    return tmp_path/'encoder'
+
+
+@pytest.mark.fault(*PICKLE)
+@pytest.mark.parametrize('name', ['config.json', 'model.safetensors'])
+def test_a_pickle_in_a_folder_is_refused(name, folder, tmp_path, tried):
+    E.encoder('digits', (4, 4), folder)
+    for content in pickles(tmp_path):
+        (folder/name).write_bytes(content)
+        refused(lambda: E.encoder('digits', (4, 4), folder), folder/name, tried)
+        assert not (tmp_path/'boom').exists()
+    tried(times=3)
+
+
+@pytest.mark.fault(*RUBBISH)
+@pytest.mark.parametrize('name', ['config.json', 'model.safetensors'])
+def test_rubbish_in_a_folder_is_refused(name, folder, tried):
+    whole = (folder/name).read_bytes()
+    bad = [b'', b'\0' * 100, whole[:len(whole) // 2], b'\xff' * 16]
+    for content in bad:
+        (folder/name).write_bytes(content)
+        refused(lambda: E.encoder('digits', (4, 4), folder), folder/name, tried)
+    tried(times=len(bad))
+
+
+@pytest.mark.parametrize('more', [{'dim': 0}, {'dim': '8'}, {'heads': 3}, {'layers': None}, {'patch': 3}, {'what': 1}], ids=str)
+def test_a_config_that_is_none_is_refused(more, folder):
+    path = folder/'config.json'
+    path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
+    with pytest.raises(ValueError, match=next(iter(more))): E.encoder('digits', (4, 4), folder)
 
 # --- frozen
 

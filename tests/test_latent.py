@@ -1,6 +1,7 @@
 """Latent flows: positions that turn, in both reading orders and by every solver; counts; two-step sampling; caches of latents; doors."""
 import copy
 import json
+import pickle
 import time
 
 import pytest
@@ -359,6 +360,149 @@ def test_cache_doors(vae, tmp_path):
     with pytest.raises(ValueError, match='00000.safetensors cannot be read'): CachedLatents(folder)
 
 
+# ---- files that are damaged, or made to harm
+
+PICKLE = 'malice', 'a pickle that runs code lies in place of a file of weights, latents or settings', 'refused, nothing of it runs, the file is named; take the file from where it can be trusted'
+RUBBISH = 'disk', 'a file of weights, latents or settings is empty, cut off or rubbish', 'refused, the file is named; delete it and take it again from where it came'
+UNFIT = 'disk', 'a readable file of weights or latents lacks a tensor, or has one of another shape, kind or range', 'refused, the file and what is wrong with it are named; delete it and take it again from where it came'
+SETTINGS = 'malice', 'settings beside weights or latents are of another kind, incomplete, or ask for absurd sizes', 'refused before anything is built or counted, and named; take them again from where they came'
+
+
+class Bomb:                                                                                    # opens a file for writing when it is unpickled
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return open, (str(self.path), 'w')
+
+
+def pickles(tmp_path):
+    torch.save({'weights': Bomb(tmp_path/'boom')}, tmp_path/'zip')
+    torch.save({'weights': Bomb(tmp_path/'boom')}, tmp_path/'old', _use_new_zipfile_serialization=False)
+    yield pickle.dumps(Bomb(tmp_path/'boom')); yield (tmp_path/'zip').read_bytes(); yield (tmp_path/'old').read_bytes()
+
+
+def refused(load, path, tried=None, match=None):
+    with pytest.raises(ValueError, match=match) as e: load()
+    assert str(path) in str(e.value) or path.name in str(e.value), f'{path.name} is not named in: {e.value}'
+    assert len(str(e.value)) < 1500
+    if tried: tried(said=e.value)
+
+
+def folders(vae, tmp_path):
+    "name of a file -> (where it lies, what reads it)"
+    latents, model = cache_latents(vae, images(6), tmp_path/'latents', flip=False, shard=4), latent_flow(vae)
+    vae.save_pretrained(tmp_path/'vae', {'data': 'noise'}); model.save_pretrained(tmp_path/'model')
+    cached, alone, both = lambda: CachedLatents(latents, vae), lambda: load_vae(tmp_path/'vae'), lambda: LatentFlow.from_pretrained(tmp_path/'model')
+    return {'plan': (latents/'plan.json', cached), 'shard': (latents/'00001.safetensors', cached),
+            'config of a VAE': (tmp_path/'vae'/'config.json', alone), 'weights of a VAE': (tmp_path/'vae'/'diffusion_pytorch_model.safetensors', alone), 'card of a VAE': (tmp_path/'vae'/'card.json', alone),
+            'config': (tmp_path/'model'/'config.json', both), 'weights': (tmp_path/'model'/'model.safetensors', both),
+            'inner config': (tmp_path/'model'/'vae'/'config.json', both), 'inner weights': (tmp_path/'model'/'vae'/'diffusion_pytorch_model.safetensors', both)}
+
+
+FILES = ['plan', 'shard', 'config of a VAE', 'weights of a VAE', 'card of a VAE', 'config', 'weights', 'inner config', 'inner weights']
+
+
+def names_folder(path): return path.parent if path.name in ('config.json', 'diffusion_pytorch_model.safetensors') and path.parent.name == 'vae' else path   # diffusers reads a folder
+
+
+@pytest.mark.fault(*PICKLE)
+@pytest.mark.parametrize('name', FILES)
+def test_a_pickle_is_refused(vae, tmp_path, name, tried):
+    path, load = folders(vae, tmp_path)[name]
+    load()
+    for content in pickles(tmp_path):
+        path.write_bytes(content)
+        refused(load, names_folder(path), tried)
+        assert not (tmp_path/'boom').exists()
+    tried(times=3)
+
+
+@pytest.mark.fault(*PICKLE)
+def test_a_pickle_beside_is_not_looked_at(vae, tmp_path):
+    path, load = folders(vae, tmp_path)['weights of a VAE']
+    path.unlink()
+    (path.parent/'diffusion_pytorch_model.bin').write_bytes(next(pickles(tmp_path)))
+    refused(load, path.parent)
+    assert not (tmp_path/'boom').exists()
+
+
+@pytest.mark.fault(*RUBBISH)
+@pytest.mark.parametrize('name', FILES)
+def test_rubbish_is_refused(vae, tmp_path, name, tried):
+    path, load = folders(vae, tmp_path)[name]
+    whole = path.read_bytes()
+    bad = [b'', b'\0' * 100, b'rubbish', b'\xff' * 16, whole[:len(whole) // 2]] + ([b'[]', b'3', b'null', b'[' * 100_000] if path.suffix == '.json' else [whole[:-1], b'\xff' * 7 + b'\x7f' + whole[8:]])
+    for content in bad:
+        path.write_bytes(content)
+        refused(load, names_folder(path), tried)
+    path.unlink()
+    if name == 'card of a VAE': load()                                                         # what it says is for people
+    else: refused(load, names_folder(path) if name != 'plan' and name != 'shard' else path.parent)
+    tried(times=len(bad) + 1)
+
+
+@pytest.mark.fault(*UNFIT)
+@pytest.mark.parametrize('name', ['weights of a VAE', 'inner weights'])
+def test_weights_that_do_not_fit_a_vae_are_refused(vae, tmp_path, name, tried):
+    "diffusers leaves a tensor that is not there at random, and only logs it."
+    from safetensors.torch import load_file, save_file
+    path, load = folders(vae, tmp_path)[name]
+    whole = load_file(path)
+    key = 'decoder.conv_in.weight'
+    for state in ({k: v for k, v in whole.items() if k != key}, {**whole, key: torch.zeros(1)}, {}):
+        save_file(state, path)
+        refused(load, path.parent, tried)
+    tried(times=3)
+
+
+def moments(n=2, *shape): return torch.ones(n, 1, 2, *(shape or (2, 4, 4)))
+
+
+BAD_SHARDS = {'no labels': {'moments': moments()}, 'no moments': {'labels': torch.zeros(2).long()}, 'one sample less': {'moments': moments(1), 'labels': torch.zeros(1).long()},
+              'labels of more': {'moments': moments(), 'labels': torch.zeros(3).long()}, 'labels out of range': {'moments': moments(), 'labels': torch.full((2,), 3)}, 'negative labels': {'moments': moments(), 'labels': torch.full((2,), -1)},
+              'floating point labels': {'moments': moments(), 'labels': torch.zeros(2)}, 'whole numbers for moments': {'moments': moments().long(), 'labels': torch.zeros(2).long()},
+              'another size': {'moments': moments(2, 2, 3, 4), 'labels': torch.zeros(2).long()}, 'one number a sample': {'moments': torch.ones(2), 'labels': torch.zeros(2).long()}}
+
+
+@pytest.mark.fault(*UNFIT)
+@pytest.mark.parametrize('what', BAD_SHARDS)
+def test_a_shard_that_does_not_fit_is_refused(vae, tmp_path, what, tried):
+    from safetensors.torch import save_file
+    path, load = folders(vae, tmp_path)['shard']
+    save_file(BAD_SHARDS[what], path, {'vae': vae.identity})
+    refused(load, path, tried)
+
+
+@pytest.mark.fault('disk', 'a shard of another VAE lies among cached latents', 'refused, both VAEs are named; delete the shard and call `cache_latents` again')
+def test_a_shard_of_another_vae_is_refused(vae, tmp_path, tried):
+    path, load = folders(vae, tmp_path)['shard']
+    path.write_bytes((cache_latents(tiny_vae(1), images(6), tmp_path/'other', flip=False, shard=4)/path.name).read_bytes())
+    refused(load, path, tried, match='its latents are of the VAE')
+
+
+@pytest.mark.fault(*SETTINGS)
+@pytest.mark.parametrize('key,value', [('samples', 10**15), ('samples', 0), ('samples', '6'), ('samples', True), ('shard', 0), ('shard', -4), ('shard', None), ('flips', 3), ('shape', [2, 4]), ('shape', [2, 4, -4]), ('shape', 'abc'),
+                                       ('shape', [2, 4, 10**9]), ('classes', 'abc'), ('classes', None), ('vae', 3), ('vae_name', None), ('data', []), ('samples', None), ('dtype', 3)])
+def test_a_plan_that_is_none_is_refused(vae, tmp_path, key, value, tried):
+    "In no time: a plan of 10^15 samples is not counted through."
+    path, load = folders(vae, tmp_path)['plan']
+    plan = json.loads(path.read_text())
+    path.write_text(json.dumps({**plan, key: value}))
+    began = time.process_time()
+    refused(load, path.parent, tried)
+    path.write_text(json.dumps({k: v for k, v in plan.items() if k != key}))
+    refused(load, path)
+    assert time.process_time() - began < 2
+    tried(times=2)
+
+
+@pytest.mark.fault(*SETTINGS)
+@pytest.mark.parametrize('key,value', [('scaling_factor', 0), ('scaling_factor', 'a'), ('scaling_factor', None), ('latent_channels', 'a'), ('latent_channels', -1), ('latent_channels', 10**12), ('block_out_channels', []), ('block_out_channels', 3), ('down_block_types', ['Nothing']),
+                                       ('act_fn', 'nothing'), ('norm_num_groups', 0), ('shift_factor', 'a')])
+def test_a_config_of_a_vae_that_is_none_is_refused(vae, tmp_path, key, value, tried):
+    path, load = folders(vae, tmp_path)['config of a VAE']
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    refused(load, path.parent, tried)
+
+
 # ---- two steps
 
 def latent_flow(vae, **kw):
@@ -415,6 +559,9 @@ def test_latent_doors(vae):
     with pytest.raises(ValueError, match='factor 2 of tiny-0 does not divide'): model.encode(torch.zeros(1, 1, 9, 9))
     del model.flow.card['sigma']
     with pytest.raises(ValueError, match='does not say the noise'): model.noisy(torch.zeros(1, 2, 4, 4))
+    model.flow.card['sigma'] = 'a'
+    with pytest.raises(ValueError, match='the sigma of its card'): model.noisy(torch.zeros(1, 2, 4, 4))
+    del model.flow.card['sigma']
     with pytest.raises(ValueError, match='does not say its noise'): model.sample(1)
 
 

@@ -328,4 +328,4 @@ def test_more_that_does_not_fit():
     for bad in (v.numpy(), v[0], v.long()):
         with pytest.raises(ValueError, match='table'): Lookup(bad)
     with pytest.raises(ValueError, match='features of 2 samples, and sample 7 came'): next(batches(load('digits'), 8, shuffle=False, transforms=[Lookup(v)]))
-    with pytest.raises(ValueError, match="kind 'foo'"): next(train_aligned({**SMALL, 'steps': 1}, 0, {**ALIGN, 'kind': 'foo'}))
+    with pytest.raises(ValueError, match="kind: 'foo'"): next(train_aligned({**SMALL, 'steps': 1}, 0, {**ALIGN, 'kind': 'foo'}))

@@ -2,6 +2,7 @@
 import copy
 import json
 import math
+import pickle
 import threading
 import time
 
@@ -353,9 +354,88 @@ def test_folder_of_another_kind(tmp_path):
     m.save_pretrained(tmp_path/'m'); m.save_pretrained(tmp_path/'m')            # where something is, it is replaced
     config = json.loads((tmp_path/'m'/'config.json').read_text())
     (tmp_path/'m'/'config.json').write_text(json.dumps(config | {'posterior': {'kind': 'Mode'}}))
-    with pytest.raises(ValueError, match="'Mode'; choose of"): SimFlow.from_pretrained(tmp_path/'m')
+    with pytest.raises(ValueError, match="'Mode' of the config; choose of"): SimFlow.from_pretrained(tmp_path/'m')
     (tmp_path/'m'/'config.json').write_text(json.dumps(config | {'posterior': Learned().config}))
     with pytest.raises(ValueError, match='wrong shape'): SimFlow.from_pretrained(tmp_path/'m')
+
+
+PICKLE = 'malice', 'a pickle that runs code lies in place of a file of weights, latents or settings', 'refused, nothing of it runs, the file is named; take the file from where it can be trusted'
+RUBBISH = 'disk', 'a file of weights, latents or settings is empty, cut off or rubbish', 'refused, the file is named; delete it and take it again from where it came'
+UNFIT = 'disk', 'a readable file of weights or latents lacks a tensor, or has one of another shape, kind or range', 'refused, the file and what is wrong with it are named; delete it and take it again from where it came'
+SETTINGS = 'malice', 'settings beside weights or latents are of another kind, incomplete, or ask for absurd sizes', 'refused before anything is built or counted, and named; take them again from where they came'
+
+
+class Bomb:                                                  # opens a file for writing when it is unpickled
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return open, (str(self.path), 'w')
+
+
+@pytest.fixture
+def saved(tmp_path):
+    tiny().save_pretrained(tmp_path/'m')
+    SimFlow.from_pretrained(tmp_path/'m')
+    return tmp_path/'m'
+
+
+def refused(folder, named, tried):
+    with pytest.raises(ValueError) as e: SimFlow.from_pretrained(folder)
+    assert named in str(e.value), f'{named} is not named in: {e.value}'
+    assert len(str(e.value)) < 1000
+    tried(said=e.value)
+
+
+@pytest.mark.fault(*PICKLE)
+@pytest.mark.parametrize('name', ['config.json', 'model.safetensors'])
+def test_a_pickle_is_refused(name, saved, tmp_path, tried):
+    torch.save({'weights': Bomb(tmp_path/'boom')}, tmp_path/'zip')
+    for content in (pickle.dumps(Bomb(tmp_path/'boom')), (tmp_path/'zip').read_bytes()):
+        (saved/name).write_bytes(content)
+        refused(saved, name, tried)
+        assert not (tmp_path/'boom').exists()
+    tried(times=2)
+
+
+@pytest.mark.fault(*RUBBISH)
+@pytest.mark.parametrize('name', ['config.json', 'model.safetensors'])
+def test_rubbish_is_refused(name, saved, tried):
+    whole = (saved/name).read_bytes()
+    bad = [b'', b'\0' * 100, b'rubbish', b'\xff' * 16, whole[:len(whole) // 2], whole[:-2]]
+    for content in bad:
+        (saved/name).write_bytes(content)
+        refused(saved, name, tried)
+    (saved/name).unlink()
+    refused(saved, name, tried)
+    tried(times=len(bad) + 1)
+
+
+@pytest.mark.fault(*UNFIT)
+def test_weights_that_do_not_fit_are_refused(saved, tried):
+    from safetensors.torch import load_file, save_file
+    path = saved/'model.safetensors'
+    state = load_file(path)
+    key = next(iter(state))
+    for bad in ({k: v for k, v in state.items() if k != key}, {**state, key: torch.zeros(1)}, {**state, 'more': torch.zeros(1)}, {}):
+        save_file(bad, path)
+        refused(saved, path.name, tried)
+    tried(times=4)
+
+
+DEEP = {'kind': 'Additive'}
+for _ in range(200): DEEP = {'kind': 'Mean', 'perturb': DEEP}
+
+
+@pytest.mark.fault(*SETTINGS)
+@pytest.mark.parametrize('key,value', [('vae', None), ('vae', 3), ('vae', 'a'), ('vae', {}), ('vae', {'latent_channels': 'a'}), ('vae', vae_config() | {'block_out_channels': 3}), ('vae', vae_config() | {'down_block_types': ['Nothing'] * 2}),
+                                       ('vae', vae_config() | {'what': 1}), ('vae', vae_config() | {'norm_num_groups': 0}), ('vae', vae_config() | {'act_fn': 'nothing'}), ('flow', None), ('flow', []), ('flow', {}), ('flow', flow_args() | {'what': 1}),
+                                       ('flow', flow_args() | {'dim': -16}), ('flow', flow_args() | {'dim': 2**40}), ('flow', flow_args() | {'classes': 10**15}), ('vae', vae_config() | {'block_out_channels': (8, 8 * 10**12)}), ('flow', flow_args() | {'kind': 'vp'}), ('posterior', 3), ('posterior', {'kind': 'os.system'}), ('posterior', {'kind': ['Mean']}), ('posterior', {}),
+                                       ('posterior', {'kind': 'Mean', 'perturb': {'kind': 'Additive', 'sigma': -1}}), ('posterior', {'kind': 'Mean', 'what': 1}), ('posterior', DEEP), ('norm', 'yes'), ('norm', None), ('what', 1)])
+def test_a_config_that_is_none_is_refused(key, value, saved, tried):
+    path = saved/'config.json'
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    inner = {'flow': ['dim', 'kind', 'flow'], 'posterior': ['posterior', 'sigma']}.get(key, [key])
+    with pytest.raises(ValueError) as e: SimFlow.from_pretrained(saved)
+    assert any(k in str(e.value) for k in [*inner, 'model.safetensors']) and len(str(e.value)) < 1000
+    tried(said=e.value)
 
 
 def test_the_shipped_checkpoint():
@@ -685,14 +765,14 @@ def test_model_doors():
         with pytest.raises(ValueError, match='low'): Linear(bad)
     for bad in (0, 3, 1.5):
         with pytest.raises(ValueError, match='p:'): Reconstruction(bad)
-    with pytest.raises(ValueError, match="size: 'M'; choose of S, B, L, XL, XXL"): paper_model('M')
+    with pytest.raises(ValueError, match="size: 'M' came, must be one of 'S', 'B', 'L', 'XL', 'XXL'"): paper_model('M')
     with pytest.raises(ValueError, match='choose of'): posterior_of({'kind': 'Mode'})
     for bad in ('fixed', .5, Additive(.5), Additive(.5).config):
         with pytest.raises(ValueError, match='posterior: .*give Mean'): SimFlow(vae_config(), flow_args(), bad)
     for bad in (.5, Mean(), 'slerp'):
         with pytest.raises(ValueError, match='perturb: .*Additive'): Mean(bad)
     for bad in (dict(low=3., high=-3.), dict(start=math.nan)):
-        with pytest.raises(ValueError, match='start, low, high'): Learned(**bad)
+        with pytest.raises(ValueError, match='start: nan|low: 3.0'): Learned(**bad)
     with pytest.raises(ValueError, match='one a level to each'): SimFlow(vae_config() | {'block_out_channels': (8, 8, 8)}, flow_args())
     with pytest.raises(ValueError, match='torch.uint8 came'): m.latent(torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
     with pytest.raises(ValueError, match='leave the term out'): Joint(Reconstruction(), Entropy())(tiny(Mean(Unperturbed())), IMAGE, Y6)
