@@ -7,22 +7,23 @@ __all__ = ['PARTS', 'FACTORS', 'VAES', 'CONFIGS', 'SIZE', 'FREE', 'BPD', 'AFHQ',
            'R400', 'ALL', 'FIRST', 'TABLE_1', 'TABLE_7', 'L400', 'GOT', 'REPA_E', 'TABLE_5', 'XXL', 'ALIGNED',
            'quality', 'FIRST_STAGE', 'UNSAID', 'CORRECTIONS', 'TWINS', 'TWIN_ENCODERS', 'VITS', 'FROZEN_VAES', 'VGG',
            'GPUS', 'FULL', 'SHARE', 'checked', 'said', 'of', 'Section', 'Data', 'Flow', 'Noise', 'Align', 'Joint',
-           'Optim', 'System', 'Sample', 'Result', 'Config', 'check_config', 'check_joint', 'check_sizes', 'vae_config',
-           'with_sigma', 'variant_of', 'model_of', 'changed', 'R', 'add', 'tarflow', 'rrepa', 'detach_all', 'row',
-           'simflow', 'table_1', 'every_key', 'nearest', 'number', 'parsed', 'override', 'to_dict', 'from_dict',
-           'twin_sides', 'small', 'twin', 'short', 'size_of', 'data_of', 'main_result', 'listing', 'columns',
-           'find_config', 'norm_numbers', 'layer_numbers', 'token_widths', 'flow_numbers', 'Conv', 'Spot', 'resnet',
-           'vae_layers', 'critic_layers', 'Vit', 'vit_of', 'lpips_layers', 'projector_numbers', 'parameters',
-           'mean_only', 'count', 'Cost', 'block_cost', 'flow_flops', 'projector_flops', 'aligned_flops', 'again',
-           'flops', 'vae_flops', 'Gpu', 'gpu_of', 'layer_bytes', 'flow_bytes', 'conv_bytes', 'critic_bytes',
-           'joint_bytes', 'memory', 'f_layers', 'Hours', 'hours', 'whole_flops', 'describe', 'plain', 'costs_of',
-           'said_of']
+           'Optim', 'System', 'Sample', 'Result', 'Config', 'check_config', 'check_joint', 'wholes', 'check_kind',
+           'check_sizes', 'vae_config', 'with_sigma', 'variant_of', 'model_of', 'every_key', 'nearest', 'changed', 'R',
+           'add', 'tarflow', 'rrepa', 'detach_all', 'row', 'simflow', 'table_1', 'number', 'parsed', 'override',
+           'to_dict', 'from_dict', 'twin_sides', 'small', 'twin', 'short', 'size_of', 'data_of', 'main_result',
+           'listing', 'columns', 'find_config', 'norm_numbers', 'layer_numbers', 'token_widths', 'flow_numbers', 'Conv',
+           'Spot', 'resnet', 'vae_layers', 'critic_layers', 'Vit', 'vit_of', 'lpips_layers', 'projector_numbers',
+           'parameters', 'mean_only', 'count', 'Cost', 'block_cost', 'flow_flops', 'projector_flops', 'aligned_flops',
+           'again', 'flops', 'vae_flops', 'Gpu', 'gpu_of', 'layer_bytes', 'flow_bytes', 'conv_bytes', 'critic_bytes',
+           'joint_bytes', 'world_of', 'memory', 'f_layers', 'Hours', 'hours', 'whole_flops', 'describe', 'plain',
+           'costs_of', 'said_of']
 
-# %% ../nbs/14_configs.ipynb #2ef2f67b
+# %% ../nbs/14_configs.ipynb #a8cef5df
 import dataclasses, difflib, json, math, types, typing
 from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import nn
+from .data import check_choice, check_number, check_whole
 from .latent import LatentTarFlow, swiglu_width
 from .repa import patch_side, timm_name
 from .simflow import DIGITS, SIZES, VARIANTS, VAE, SimFlow, Variant, posterior_of
@@ -32,12 +33,13 @@ from .tarflow import TarFlow
 # Axis legend of this module: n tokens, m positions that run, d numbers in a token, t block and l layer (counted from 1), k classes; `dim` is the width of a Transformer.
 # `c` alone is a configuration, `f` its flow, `a` its alignment.
 
-# %% ../nbs/14_configs.ipynb #aa732655
-def checked(name:str, value, kind, choices=(), least=None):
+# %% ../nbs/14_configs.ipynb #6c0741b0
+def checked(name:str, value, kind, choices=(), least=None, most=2**53): # beyond which a float loses whole numbers
     "`value` as the field `name` wants it (lists become tuples, whole numbers floats); ValueError, by name, for anything else."
     kinds = typing.get_args(kind) or (kind,)
     if isinstance(value, list): value = tuple(value)
     if value is None and types.NoneType in kinds: return None
+    if type(value) is int and abs(value) > most: raise ValueError(f'{name}: {value:.3g} came; at most {most:,}' if abs(value) < 1e300 else f'{name}: a number of {value.bit_length()} bits came; at most {most:,}')
     if type(value) is int and float in kinds and int not in kinds: value = float(value)
     if type(value) not in kinds: raise ValueError(f'{name}: {value!r} came; it takes {said(kinds)}')
     if choices and value not in choices: raise ValueError(f'{name}: {value!r} came; choose of {", ".join(map(repr, choices))}')
@@ -49,8 +51,8 @@ def said(kinds) -> str: # types, for people
     words = {int: 'a whole number', float: 'a number', str: 'a word', bool: 'true or false', tuple: 'several, such as 7,8', types.NoneType: 'none'}
     return ' or '.join(words.get(k, getattr(k, '__name__', str(k))) for k in kinds)
 
-def of(default=dataclasses.MISSING, *choices, least=None): # a field with what it may be
-    return field(default=default, metadata={'choices': choices, 'least': least})
+def of(default=dataclasses.MISSING, *choices, **ends): # a field with what it may be; ends: least, most
+    return field(default=default, metadata={'choices': choices, **ends})
 
 class Section:
     "The base of all parts of a configuration: every field is checked when it is made."
@@ -59,7 +61,7 @@ class Section:
             value = checked(f'{type(self).__name__.lower()}.{f.name}', getattr(self, f.name), f.type, **f.metadata)
             object.__setattr__(self, f.name, value)
 
-# %% ../nbs/14_configs.ipynb #580a89e3
+# %% ../nbs/14_configs.ipynb #2b896893
 @dataclass(frozen=True)
 class Data(Section):
     "The images."
@@ -82,7 +84,7 @@ class Flow(Section):
     channels: int = of(3, least=1)
     patch_size: int = of(4, least=1)
     dim: int = of(1024, least=1)
-    blocks: int = of(8, least=1)
+    blocks: int = of(8, least=1, most=1000)
     layers: int|tuple = 8            # in every block, or one number a block
     head_dim: int = of(64, least=1)
     variant: str = of('nvp', 'nvp', 'vp', 'coupling')
@@ -142,17 +144,17 @@ class Optim(Section):
     ema: float = of(0., least=0)     # decay of the average; 0: none
     drop: float = of(.1, least=0)    # share of labels dropped
 
-# %% ../nbs/14_configs.ipynb #f1cb2518
+# %% ../nbs/14_configs.ipynb #76df0bd4
 @dataclass(frozen=True)
 class System(Section):
     "How it runs."
     parallel: str = of('ddp', 'ddp', 'fsdp')
-    gpus: int = of(8, least=1)
+    gpus: int = of(8, least=1, most=2**13)
     amp: str = of('bf16', 'bf16', 'off')
     accumulate: int = of(1, least=1) # micro-batches a step
     checkpoint: bool = False         # activations are computed again in the backward pass
     compile: bool = False
-    workers: int = of(4, least=0)
+    workers: int = of(4, least=0, most=1000) # on each rank
 
 @dataclass(frozen=True)
 class Sample(Section):
@@ -206,24 +208,31 @@ class Config:
     @property
     def warmup(self) -> int: return min(round(self.optim.warmup * self.data.samples / self.optim.batch_size), self.steps - 1)
 
-# %% ../nbs/14_configs.ipynb #39398bc3
+# %% ../nbs/14_configs.ipynb #190de07e
 def check_config(c:Config) -> None:
     "ValueError, by name, for parts that do not fit each other."
     for name, kind in PARTS.items():
-        if not isinstance(v := getattr(c, name), kind) and not (v is None and name in ('align', 'joint')): raise ValueError(f'{name}: {v!r} came; a {kind.__name__}')
+        if getattr(c, name) is not None or name not in ('align', 'joint'): check_kind(name, getattr(c, name), kind)
+    for name in ('name', 'paper', 'title'):
+        check_kind(name, getattr(c, name), str)
+    for name, kind in (('published', Result), ('unsaid', str), ('notes', str), ('changed', str)):
+        if not isinstance(v := getattr(c, name), tuple) or not all(isinstance(w, kind) for w in v): raise ValueError(f'{name}: {type(v).__name__} came, must be a tuple of {kind.__name__}')
     d, f, o, a = c.data, c.flow, c.optim, c.align
-    if type(c.seed) is not int or c.seed < 0: raise ValueError(f'seed: {c.seed!r} came; a whole number, 0 or more')
+    check_whole('seed', c.seed, 0, 2**63 - 1)
     wrong = lambda key, what: ValueError(f'{c.name}: {key}: {what}')
     if (o.steps is None) == (o.epochs is None): raise wrong('optim.steps, optim.epochs', f'{o.steps} and {o.epochs} came; give one of the two')
     if o.batch_size % c.system.accumulate: raise wrong('system.accumulate', f'{c.system.accumulate} does not divide the batch of {o.batch_size}')
-    if len(o.betas) != 2 or not all(isinstance(b, float) and 0 <= b < 1 for b in o.betas): raise wrong('optim.betas', f'{o.betas} came; two numbers, 0 or more and below 1')
+    if o.epochs == 0: raise wrong('optim.epochs', '0 came; above 0')
+    if o.clip == 0: raise wrong('optim.clip', 'the largest gradient norm is above 0; none for no clipping')
+    if len(o.betas) != 2 or not all(type(b) in (int, float) and 0 <= b < 1 for b in o.betas): raise wrong('optim.betas', f'{o.betas} came; two numbers, 0 or more and below 1')
     for key, share in (('optim.ema', o.ema < 1), ('optim.drop', o.drop <= 1), ('optim.floor', o.floor <= 1)):
         if not share: raise wrong(key, 'it is a share, at most 1')
-    if len(f.depths) != f.blocks or not all(isinstance(k, int) and k >= 1 for k in f.depths): raise wrong('flow.layers', f'{f.layers} came for {f.blocks} blocks; one number, or one a block')
+    if len(f.depths) != f.blocks or not wholes(f.depths, 10_000) or sum(f.depths) > 10_000: raise wrong('flow.layers', f'{plain(f.layers)[:60]} came for {f.blocks} blocks; one number, or one a block, 1 or more, 10,000 in all')
     if f.image_size % f.patch_size: raise wrong('flow.patch_size', f'{f.patch_size} does not divide flow.image_size {f.image_size}')
     if not o.lr: raise wrong('optim.lr', 'a learning rate is above 0')
     if not c.sample.tau: raise wrong('sample.tau', 'a temperature is above 0, 1 as in training')
     if not d.classes and c.sample.guidance in ('class', 'star'): raise wrong('sample.guidance', f'{c.sample.guidance!r} needs classes, and data.classes is 0; sample.guidance=none, or temperature')
+    if c.noise.sigma and c.noise.kind != 'gaussian': raise wrong('noise.sigma', f'{c.noise.sigma:g} came, and nothing would come of it: noise.kind is {c.noise.kind!r}; noise.sigma=0, or noise.kind=gaussian')
     if f.dim % f.head_dim: raise wrong('flow.dim', f'{f.dim} is no multiple of flow.head_dim {f.head_dim}')
     if (f.kind == 'simflow') != (c.joint is not None): raise wrong('joint', "belongs to flow.kind 'simflow', and to no other")
     if (f.kind == 'latent') != (d.vae is not None): raise wrong('data.vae', "belongs to flow.kind 'latent', and to no other")
@@ -231,16 +240,23 @@ def check_config(c:Config) -> None:
     check_sizes(c, wrong)
     if c.joint: check_joint(c.joint, d.image_size, wrong)
     if a is None: return
-    if not a.blocks or not all(isinstance(t, int) and 1 <= t <= f.blocks for t in a.blocks) or len(set(a.blocks)) < len(a.blocks):
-        raise wrong('align.blocks', f'{a.blocks} came; numbers of 1 to {f.blocks}, one or more, each once')
+    if not a.blocks or not wholes(a.blocks, f.blocks) or len(set(a.blocks)) < len(a.blocks):
+        raise wrong('align.blocks', f'{plain(a.blocks)[:60]} came; numbers of 1 to {f.blocks}, one or more, each once')
     if a.layer > (least := min(f.depths[t - 1] for t in a.blocks)): raise wrong('align.layer', f'{a.layer} came; these blocks have layers 1 to {least}')
 
 def check_joint(j:Joint, side:int, wrong) -> None:
     "The parts of joint training."
     if not j.sigma: raise wrong('joint.sigma', "above 0; what adds nothing is joint.variant 'none'")
     if VARIANTS[j.variant].frozen and not j.before: raise wrong('joint.before', f'0 came; {j.variant!r} freezes what a first stage has trained: 1 step or more')
-    if len(j.critic) != 2 or not all(isinstance(k, int) and k >= 1 for k in j.critic): raise wrong('joint.critic', f'{j.critic} came; width and levels of the critic, such as 64,3')
-    if j.adversarial and side // 2**j.critic[1] < 3: raise wrong('joint.critic', f'{j.critic[1]} levels leave nothing of images of {side} pixels; fewer, or joint.adversarial=0')
+    if len(j.critic) != 2 or not wholes(j.critic, 10**6): raise wrong('joint.critic', f'{plain(j.critic)[:60]} came; width and levels of the critic, such as 64,3')
+    if j.adversarial and side >> j.critic[1] < 3: raise wrong('joint.critic', f'{j.critic[1]} levels leave nothing of images of {side} pixels; fewer, or joint.adversarial=0')
+
+def wholes(v:tuple, most:int) -> bool: return all(type(k) is int and 1 <= k <= most for k in v)
+
+def check_kind(name:str, v, kind:type) -> object:
+    "ValueError, by the name of the argument, for what is no `kind`."
+    if isinstance(v, kind): return v
+    raise ValueError(f'{name}: {type(v).__name__} came, must be a {kind.__name__}')
 
 FACTORS = {'sd-vae-ft-ema': (8, 4), 'sd-vae-ft-mse': (8, 4), 'digits-vae': (2, 4)} # of frozen VAEs: pixels a place, channels
 
@@ -255,7 +271,7 @@ def check_sizes(c:Config, wrong) -> None:
     if d.image_size != factor * f.image_size: raise wrong('flow.image_size', f'{f.image_size} came; data.image_size {d.image_size} gives {d.image_size / factor:g}')
     if f.channels != channels: raise wrong('flow.channels', f'{f.channels} came; the data give {channels}')
 
-# %% ../nbs/14_configs.ipynb #8c2f4935
+# %% ../nbs/14_configs.ipynb #36c6948b
 VAES = {'f16': VAE, 'digits': DIGITS['vae'],     # the paper's; the book's, which halves once, and the same halving twice
         'digits-f4': {**DIGITS['vae'], 'block_out_channels': (16,) * 3, 'down_block_types': ('DownEncoderBlock2D',) * 3, 'up_block_types': ('UpDecoderBlock2D',) * 3}}
 
@@ -274,16 +290,28 @@ def variant_of(c:Config) -> Variant:
 
 def model_of(c:Config) -> nn.Module: # TarFlow, LatentTarFlow or SimFlow
     "The module that is trained; under `with torch.device('meta')` it has sizes and no numbers."
-    f = c.flow
+    f = check_kind('c', c, Config).flow
     sizes = dict(image_size=f.image_size, channels=f.channels, patch_size=f.patch_size, dim=f.dim, blocks=f.blocks, layers=f.layers, head_dim=f.head_dim, classes=c.data.classes)
     if f.kind == 'simflow': return SimFlow(vae_config(c), sizes, (v := variant_of(c)).posterior, v.norm)
     return (LatentTarFlow if f.kind == 'latent' else TarFlow)(**sizes, kind=f.variant)
 
-# %% ../nbs/14_configs.ipynb #6d8d79ff
+# %% ../nbs/14_configs.ipynb #a83250ba
+def every_key(c:Config) -> list:
+    "All that `override` can set: the fields of the parts that this configuration has, and the seed."
+    check_kind('c', c, Config)
+    return ['seed'] + [f'{p}.{f.name}' for p, kind in PARTS.items() if getattr(c, p) is not None for f in fields(kind)]
+
+def nearest(key:str, known) -> str:      # '' or '; did you mean ...?'
+    "A hint at the known key that is most like a wrong one; the part before the dot may be missing."
+    names = {k.split('.')[-1]: k for k in known} | {k: k for k in known}
+    near = difflib.get_close_matches(key, names, 1, .6) or difflib.get_close_matches(key.split('.')[-1], names, 1, .6)
+    return f'; did you mean {names[near[0]]}?' if near else ''
+
 def changed(c:Config, values:dict, **top) -> Config: # values: {'optim.lr': 1e-3}; top: name, title, published, ...
     "A configuration with some fields replaced, several at once, so that they need to fit each other at the end only."
-    parts = {}
-    for key, value in values.items():
+    parts, known = {}, [*every_key(c), *(f.name for f in fields(Config))]
+    for key, value in check_kind('values', values, dict).items():
+        if key not in known: raise ValueError(f'values: {c.name} has no key {key!r}{nearest(str(key), known)}')
         part, _, name = key.rpartition('.')
         if part: parts.setdefault(part, {})[name] = value
         else: top[name] = value
@@ -464,17 +492,7 @@ CORRECTIONS = {
     'E19': 'R-REPA aligns the last blocks, SimFlow a middle one and calls the last unsuitable',
     'E20': 'two tables give different accuracies for the same model: 57.35 (Tables 1, 8) and 57.76 (Table 2); 49.06 (Table 1) and 49.00 (Table 7)'}
 
-# %% ../nbs/14_configs.ipynb #ae63e8e4
-def every_key(c:Config) -> list:
-    "All that `override` can set: the fields of the parts that this configuration has, and the seed."
-    return ['seed'] + [f'{p}.{f.name}' for p, kind in PARTS.items() if getattr(c, p) is not None for f in fields(kind)]
-
-def nearest(key:str, known) -> str:      # '' or '; did you mean ...?'
-    "A hint at the known key that is most like a wrong one; the part before the dot may be missing."
-    names = {k.split('.')[-1]: k for k in known} | {k: k for k in known}
-    near = difflib.get_close_matches(key, names, 1, .6) or difflib.get_close_matches(key.split('.')[-1], names, 1, .6)
-    return f'; did you mean {names[near[0]]}?' if near else ''
-
+# %% ../nbs/14_configs.ipynb #a6120185
 def number(text:str): # '7' -> 7, '.9' -> 0.9
     "A whole number if it is one."
     try: return int(text)
@@ -498,12 +516,13 @@ def parsed(key:str, text:str, kind):     # what stands after '=' -> a value of t
 
 def override(c:Config, assignments) -> Config: # ['optim.lr=1e-3', 'data.root=/images']
     "A configuration with some fields set from texts, as on a command line; `steps` and `epochs` replace each other."
-    values = {}
+    values, known = {}, every_key(c)
+    if not isinstance(assignments, (list, tuple)) or not all(isinstance(t, str) for t in assignments): raise ValueError(f'assignments: {assignments!r:.60} came, must be a list of texts, such as [\'optim.lr=1e-3\']')
     for text in assignments:
         key, eq, value = text.partition('=')
         key = key.strip()
-        if not eq: raise ValueError(f'{text!r} came; give key=value, such as optim.lr=1e-3')
-        if key not in (known := every_key(c)):
+        if not eq: raise ValueError(f'assignments: {text!r} came; give key=value, such as optim.lr=1e-3')
+        if key not in known:
             part = key.split('.')[0]
             if part in PARTS and getattr(c, part) is None: raise ValueError(f'{key}: {c.name} has no {part}; start from a configuration that has one')
             raise ValueError(f'{key}: there is no such key{nearest(key, known)}')
@@ -512,29 +531,30 @@ def override(c:Config, assignments) -> Config: # ['optim.lr=1e-3', 'data.root=/i
         if key in ('optim.steps', 'optim.epochs') and values[key] is not None: values.setdefault('optim.epochs' if name == 'steps' else 'optim.steps', None)
     return changed(c, values, changed=c.changed + tuple(t.strip() for t in assignments)) if values else c
 
-# %% ../nbs/14_configs.ipynb #84be00c0
+# %% ../nbs/14_configs.ipynb #4c2fd7da
 def to_dict(c:Config) -> dict:
     "A configuration as JSON has it."
-    return json.loads(json.dumps(dataclasses.asdict(c)))
+    return json.loads(json.dumps(dataclasses.asdict(check_kind('c', c, Config))))
 
 def from_dict(d:dict) -> Config:
     "The inverse of `to_dict`, strictly: a key that is unknown or missing is a ValueError."
     def make(kind, d, where):
-        if not isinstance(d, dict): raise ValueError(f'{where}: {d!r} came; the fields of a {kind.__name__}')
+        if not isinstance(d, dict): raise ValueError(f'{where}: {type(d).__name__} came; the fields of a {kind.__name__}')
         names = [f.name for f in fields(kind)]
-        if odd := set(d) - set(names): raise ValueError(f'{where}: unknown key {sorted(odd)[0]}{nearest(sorted(odd)[0], names)}')
+        if odd := sorted(map(str, d.keys() - set(names))): raise ValueError(f'{where}: unknown key {odd[0]:.60}{nearest(odd[0], names)}')
         if gone := [n for n in names if n not in d]: raise ValueError(f'{where}: {gone[0]} is missing; the file was cut, or is of another version of flowbook')
         return kind(**d)
     if not isinstance(d, dict): raise ValueError(f'd: {type(d).__name__} came; what `to_dict` gives')
     d = dict(d)
     for p, kind in PARTS.items():
         if d.get(p) is not None: d[p] = make(kind, d[p], p)
-    if 'published' in d: d['published'] = tuple(make(Result, r, 'published') for r in d['published'])
-    for k in ('unsaid', 'notes', 'changed'):
-        if k in d: d[k] = tuple(d[k])
+    for k in ('published', 'unsaid', 'notes', 'changed'):
+        if isinstance(d.get(k), list): d[k] = tuple(make(Result, v, k) if k == 'published' else v for v in d[k])
+    for k, known in (('unsaid', UNSAID), ('notes', CORRECTIONS)):
+        for v in d.get(k) or (): check_choice(k, v, known)
     return make(Config, d, 'config')
 
-# %% ../nbs/14_configs.ipynb #48f18d78
+# %% ../nbs/14_configs.ipynb #efac1a72
 TWINS = {'digits': dict(samples=1437, levels=17), 'mnist5k': dict(samples=4000, levels=256)}
 
 def twin_sides(c:Config, data:str) -> tuple: # -> image size, what the flow sees, its patch
@@ -563,8 +583,8 @@ TWIN_ENCODERS = {'dinov2-b': 'digits', 'dinov2-l': 'digits', 'clip-b': 'digits-l
 
 def twin(c:Config, data:str='digits') -> Config: # 'digits' or 'mnist5k'
     "The same training, small: a minute on a laptop. Only sizes differ, and what has to follow them: the learning rate the width, the average and the critic's start the steps."
-    if data not in TWINS: raise ValueError(f'data: {data!r}; choose of {", ".join(TWINS)}')
-    if CONFIGS.get(c.name) != c: raise ValueError(f'c: {c.name} is none of CONFIGS, or was changed; take the twin of the original and override that')
+    check_choice('data', data, TWINS)
+    if CONFIGS.get(check_kind('c', c, Config).name) != c: raise ValueError(f'c: {c.name} is none of CONFIGS, or was changed; take the twin of the original and override that')
     side, seen, patch = twin_sides(c, data)
     steps, share = max(1, c.steps // 2000), 16 if data == 'digits' else 64
     values = {'data.name': data, 'data.image_size': side, 'data.channels': 1, 'data.classes': 10 if c.data.classes else 0, **{f'data.{k}': v for k, v in TWINS[data].items()},
@@ -576,7 +596,7 @@ def twin(c:Config, data:str='digits') -> Config: # 'digits' or 'mnist5k'
     if c.joint: values |= {'joint.vae': 'digits' if data == 'digits' else 'digits-f4', 'joint.distance': 'digits', 'joint.critic': (8, 1), 'joint.start': c.joint.start * steps // c.steps, 'joint.before': c.joint.before // 2000}
     return changed(c, values, name=f'{data}-{c.name}', title=f'{c.title} (twin on {data})', published=(), unsaid=())
 
-# %% ../nbs/14_configs.ipynb #3244cdc7
+# %% ../nbs/14_configs.ipynb #25cb3715
 def short(n:float, unit:str='') -> str: # 4.43e15 -> '4.43P'
     "A large number in three digits."
     for power, letter in ((24, 'Y'), (21, 'Z'), (18, 'E'), (15, 'P'), (12, 'T'), (9, 'G' if unit else 'B'), (6, 'M'), (3, 'k')):
@@ -602,6 +622,7 @@ def main_result(c:Config) -> str:
 def listing(configs=None) -> str:        # of configurations; None: all of the papers
     "One line a configuration: what `flowbook_train --list` prints."
     rows = [('name', 'paper', 'data', 'size', 'parameters', 'FLOPs/step', 'steps', 'published')]
+    if configs is not None and not (isinstance(configs, (list, tuple)) and all(isinstance(c, Config) for c in configs)): raise ValueError(f'configs: {type(configs).__name__} came, must be a list of Config')
     for c in CONFIGS.values() if configs is None else configs:
         rows.append((c.name, c.paper, data_of(c), size_of(c), short(parameters(c)['flow']), short(sum(flops(c).values())), f'{c.steps:,}', main_result(c)))
     return columns(rows, right=(4, 5, 6))
@@ -612,12 +633,12 @@ def columns(rows:list, right=()) -> str: # of texts; the columns that are number
     cell = lambda i, v: v.rjust(wide[i]) if i in right else v.ljust(wide[i])
     return '\n'.join('  '.join(cell(i, v) for i, v in enumerate(r)).rstrip() for r in rows)
 
-# %% ../nbs/14_configs.ipynb #04b1b9fe
+# %% ../nbs/14_configs.ipynb #300e5116
 def find_config(name:str) -> Config: # 'tarflow-64'; its twins 'digits-tarflow-64' and 'mnist5k-tarflow-64'
     "A configuration by name; ValueError knows the nearest name."
     data, _, rest = str(name).partition('-')
     if data in TWINS and rest in CONFIGS: return twin(CONFIGS[rest], data)
-    if name in CONFIGS: return CONFIGS[name]
+    if isinstance(name, str) and name in CONFIGS: return CONFIGS[name]
     known = [*CONFIGS, *(f'{d}-{n}' for d in TWINS for n in CONFIGS)] if data in TWINS else [*CONFIGS]
     near = difflib.get_close_matches(str(name), known, 3, .5)
     raise ValueError(f'name: there is no configuration {name!r}' + (f'; did you mean {" or ".join(near)}?' if near else '; `listing()` shows all'))
@@ -706,7 +727,7 @@ def critic_layers(width:int, levels:int, channels:int, side:int) -> list:
         last = wide
     return out + [Conv(last, 1, 4, side - 1)]
 
-# %% ../nbs/14_configs.ipynb #4ba33ab0
+# %% ../nbs/14_configs.ipynb #e590f084
 class Vit(typing.NamedTuple):
     "A vision encoder: width, layers, side of its patch, tokens beside the patches."
     dim:int; layers:int; patch:int; extra:int=1; channels:int=3; scales:bool=False; first_norm:bool=False # DINOv2 scales its residuals; CLIP normalises before its first layer
@@ -719,7 +740,7 @@ class Vit(typing.NamedTuple):
 
 def vit_of(name:str) -> Vit:             # align.encoder: a name, or NAME@FILE
     "The sizes of an encoder: of the papers' and the book's from a table, of others by timm, without weights."
-    if (name := name.partition('@')[0]) in VITS: return VITS[name]
+    if (name := check_kind('name', name, str).partition('@')[0]) in VITS: return VITS[name]
     full, _ = timm_name(name)
     import timm
     with torch.device('meta'): m = timm.create_model(full, pretrained=False, num_classes=0)
@@ -741,9 +762,10 @@ def lpips_layers(side:int) -> list:
 
 def projector_numbers(a:Align, dim:int) -> int: return (dim + 1) * a.hidden + (a.hidden + 1) * a.hidden + (a.hidden + 1) * vit_of(a.encoder).dim
 
-# %% ../nbs/14_configs.ipynb #11453670
+# %% ../nbs/14_configs.ipynb #8a671ef9
 def parameters(c:Config) -> dict:
     "How many numbers each part has: trained ones first, then the frozen."
+    check_kind('c', c, Config)
     out, a = {'flow': flow_numbers(c.flow, c.data.classes)}, c.align
     total = lambda layers: sum(l.numbers for l in layers)
     if c.joint: out |= dict(zip(('encoder', 'decoder'), map(total, vae_layers(vae_config(c), c.data.image_size, mean_only(c)))))
@@ -820,10 +842,11 @@ def again(c:Config, t:int, chosen:bool, first:int) -> int: # `rerun=True`, as FS
     if a.strategy == 'detach': return (k.forward + k.backward(a.layer, head=False, inside=False)) * chosen
     return k.forward + (k.backward(inside=t < f.blocks) if t > first else k.backward(a.layer, head=False, inside=t < f.blocks))
 
-# %% ../nbs/14_configs.ipynb #a39c265c
+# %% ../nbs/14_configs.ipynb #c835a070
 def flops(c:Config, critic:bool=True, before:bool=False) -> dict: # before: a step of the first stage, the VAE alone; critic: after its start
     "FLOPs of one optimizer step, by part: over the whole batch, all GPUs together. What is frozen and encoded once (cached latents) is not in it."
-    f, a, b, out = c.flow, c.align, c.optim.batch_size, {}
+    for k, v in (('critic', critic), ('before', before)): check_choice(k, v, (False, True))
+    f, a, b, out = check_kind('c', c, Config).flow, c.align, c.optim.batch_size, {}
     inside = bool(c.joint) and 'encoder' not in variant_of(c).frozen
     if not before: out |= flow_flops(c, inside)
     if a and not before: out['vision encoder'] = vit_of(a.encoder).flops(f.tokens)
@@ -843,7 +866,7 @@ def vae_flops(c:Config, critic:bool, before:bool) -> dict: # of one image
     if j.adversarial and critic: out['critic'] = 8 * total(k := critic_layers(*j.critic, c.data.channels, side)) - 2 * k[0].flops
     return out
 
-# %% ../nbs/14_configs.ipynb #9adddbe8
+# %% ../nbs/14_configs.ipynb #0e7da040
 class Gpu(typing.NamedTuple):
     "A card, from its maker's data sheet: memory in GiB, dense peaks in TFLOP/s."
     memory: float; bf16: float; tf32: float; fp32: float
@@ -856,8 +879,7 @@ FULL = .95                               # of a card's memory: the rest is the r
 
 def gpu_of(name:str) -> Gpu:
     "A card by name; ValueError knows the others."
-    if name in GPUS: return GPUS[name]
-    raise ValueError(f'gpu: {name!r} came{nearest(str(name), GPUS)}; known are {", ".join(GPUS)}')
+    return GPUS[check_choice('gpu', name, GPUS)]
 
 # %% ../nbs/14_configs.ipynb #10ac7f64
 def layer_bytes(f:Flow, wide:int) -> int: # wide: bytes of a number in a matrix product, 2 in bf16; the stream between layers has 4
@@ -899,11 +921,15 @@ def joint_bytes(c:Config) -> dict:
     if j.adversarial: judges += 3 * critic_bytes(critic_layers(*j.critic, c.data.channels, side), wide)
     return out | {'judges of images': judges}
 
-# %% ../nbs/14_configs.ipynb #b97a3bd2
+# %% ../nbs/14_configs.ipynb #84243d62
+def world_of(c:Config, world) -> int: # GPUs; None: as the configuration says
+    "ValueError for what is no number of GPUs; a plan looks at each of them, so that it has an end."
+    check_kind('c', c, Config)
+    return c.system.gpus if world is None else check_whole('world', world, 1, 2**13)
+
 def memory(c:Config, world:int=None) -> dict: # world: GPUs; None: as the configuration says
     "Bytes on one GPU, by kind: an estimate, to which the card's own runtime adds a gigabyte or two."
-    world, p, f = c.system.gpus if world is None else world, parameters(c), c.flow
-    if isinstance(world, bool) or not isinstance(world, int) or world < 1: raise ValueError(f'world: {world!r} came; a number of GPUs, 1 or more')
+    p, world, f = parameters(c), world_of(c, world), c.flow
     frozen = sum(v for k, v in p.items() if k.endswith('frozen'))
     learned, model, share = sum(p.values()) - frozen, count(c), world if c.system.parallel == 'fsdp' else 1
     micro = math.ceil(c.optim.batch_size / (world * c.system.accumulate))
@@ -917,7 +943,7 @@ def memory(c:Config, world:int=None) -> dict: # world: GPUs; None: as the config
 
 def f_layers(f:Flow) -> int: return sum(f.depths) * layer_numbers(f)
 
-# %% ../nbs/14_configs.ipynb #a0fdc3b5
+# %% ../nbs/14_configs.ipynb #bef21b60
 SHARE = {'bf16': .35, 'off': .7}         # of the card's peak that a training reaches: an assumption; R-REPA's Table 5 amounts to 0.27 to 0.29
 
 class Hours(typing.NamedTuple):
@@ -928,24 +954,22 @@ class Hours(typing.NamedTuple):
 
 def hours(c:Config, gpu:str='A100', world:int=None, share:float=None) -> Hours:
     "How long the training takes on a card, at a share of its peak."
-    world, share = c.system.gpus if world is None else world, SHARE[c.system.amp] if share is None else share
-    if isinstance(world, bool) or not isinstance(world, int) or world < 1: raise ValueError(f'world: {world!r} came; a number of GPUs, 1 or more')
-    if not 0 < share <= 1: raise ValueError(f'share: {share!r} came; a share of the peak, above 0 and at most 1')
-    total = whole_flops(c)
+    total, world = whole_flops(c), world_of(c, world)
+    share = SHARE[c.system.amp] if share is None else check_number('share', share, 0, 1, above=True)
     seconds = total / (gpu_of(gpu).peak(c.system.amp) * share)
     return Hours(seconds / 3600, seconds / world / 86400, total, share)
 
 def whole_flops(c:Config) -> int:
     "FLOPs of all steps: a first stage where there is one, and the critic from its start."
-    if not c.joint: return c.steps * sum(flops(c).values())
+    if not check_kind('c', c, Config).joint: return c.steps * sum(flops(c).values())
     of_stage = lambda steps, start, **kw: steps * sum(flops(c, False, **kw).values()) + max(0, steps - start) * flops(c, True, **kw).get('critic', 0)
     b = c.joint.before
     return (of_stage(b, c.joint.start, before=True) if b else 0) + of_stage(c.steps, max(0, c.joint.start - b))
 
-# %% ../nbs/14_configs.ipynb #156c01b8
+# %% ../nbs/14_configs.ipynb #f634cb6f
 def describe(c:Config, gpu:str='A100', world:int=None) -> str:
     "A page on one configuration: what it trains, as the paper prints it or as we chose, what it costs, what was published."
-    world = c.system.gpus if world is None else world
+    world = world_of(c, world)
     lines = [f'{c.name}: {c.title} ({c.paper})']
     if c.changed: lines.append(f'changed: {", ".join(c.changed)}; the published figures are of {c.name} without that')
     for p in PARTS:

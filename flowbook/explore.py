@@ -8,13 +8,13 @@ __all__ = ['KINDS', 'SIGMAS', 'SOLVERS', 'TOLERANCES', 'Setting', 'book_flows', 
            'setting_of', 'panel', 'density_png', 'density_redraw', 'density_panel', 'Solved', 'quickest',
            'compare_solvers', 'Contest', 'contest', 'solver_table', 'solver_redraw', 'solver_controls', 'solver_panel']
 
-# %% ../nbs/17_explore.ipynb #008b3a8e
-import html, math, time
+# %% ../nbs/17_explore.ipynb #832ff13d
+import html, math, os, time
 from collections import OrderedDict
 from dataclasses import dataclass
 import torch
 from torch import Tensor
-from .data import image_grid, plot_style, to_levels, unpatchify
+from .data import check_choice, check_number, check_tensor, check_whole, image_grid, plot_style, to_levels, unpatchify
 from .denoise import denoise
 from .flows import normal_log_prob, weights_folder
 from .guidance import SCHEDULES, ClassGuidance, Guidance, StarGuidance, TemperatureGuidance, score_guidance
@@ -57,80 +57,75 @@ def book_flows() -> dict: # name -> TarFlow, in the order of their folders
         flows[folder.name if name in flows else name] = flow
     return flows
 
-# %% ../nbs/17_explore.ipynb #5220ff39
+# %% ../nbs/17_explore.ipynb #3a8cd0d1
 @torch.no_grad()
 def path_log_prob(flow:TarFlow, x:Tensor, # (b, c, h, w) the tokens x^t as images
                   t:int, y=None) -> Tensor: # how many blocks they have passed -> (b,) nats
     "The log-density of x^t under the blocks t + 1 .. T; at t = 0 it is `flow.log_prob`."
+    if not isinstance(flow, TarFlow): raise ValueError(f'flow: {type(flow).__name__} came, must be a TarFlow')
+    check_tensor('x', x, ' '.join(map(str, ('b', *flow.image_shape)))); check_whole('t', t, 0, len(flow.blocks))
     x, logdet = flow.to_parts(x), 0.
     for block in flow.parts()[t:]:
         x, ld = block(x, y)
         logdet = logdet + ld
     return normal_log_prob(x, flow.prior_var) + logdet
 
-# %% ../nbs/17_explore.ipynb #0bfbf2ed
-def _number(name:str, v, what:str, ok) -> None:
-    "ValueError unless `v` is a finite number for which `ok`."
-    if isinstance(v, bool) or not isinstance(v, (int, float)) or not math.isfinite(v) or not ok(v):
-        raise ValueError(f'{name}: {v!r}; {what}')
-
-def _whole(name:str, v, low:int, high:int, what:str) -> None:
-    "ValueError unless `v` is a whole number from `low` to `high`."
-    if isinstance(v, bool) or not isinstance(v, int) or not low <= v <= high: raise ValueError(f'{name}: {v!r}; {what}')
-
+# %% ../nbs/17_explore.ipynb #7bc2fb23
 def guidance_of(s:Setting):          # None without guidance
     "The guidance that a setting asks for; ValueError for a weight, temperature or schedule that cannot be."
-    if s.schedule not in SCHEDULES: raise ValueError(f"schedule: {s.schedule!r}; choose {' or '.join(map(repr, SCHEDULES))}")
+    if not isinstance(s, Setting): raise ValueError(f's: {type(s).__name__} came, must be a Setting')
+    check_choice('schedule', s.schedule, SCHEDULES); check_choice('kind', s.kind, KINDS)
     temperature = TemperatureGuidance(s.w, s.tau, s.schedule)       # looks at all three, needed or not
-    if s.kind not in KINDS: raise ValueError(f"kind: {s.kind!r}; choose of {', '.join(map(repr, KINDS))}")
     return {'none': None, 'temperature': temperature, 'class': ClassGuidance(s.w, s.schedule), 'star': StarGuidance(s.w, s.schedule)}[s.kind]
 
-# %% ../nbs/17_explore.ipynb #7a922fd4
+# %% ../nbs/17_explore.ipynb #c8e10034
 class Flows:
     "Named flows, what is known of each, and the doors that a setting has to pass."
     def __init__(self, flows,            # a TarFlow, or a dict: name -> TarFlow
                  n:int=16,               # samples in a picture
                  sigma:float=None):      # noise of the flows whose card does not say it
-        self.flows, self.n = {'model': flows} if isinstance(flows, TarFlow) else dict(flows or {}), n
-        _whole('n', n, 1, 1024, 'samples in a picture, 1 to 1024')
-        if sigma is not None: _number('sigma', sigma, 'the standard deviation of the noise, above 0', lambda v: v > 0)
-        if not self.flows: raise ValueError('flows: none were given; give a TarFlow, or a dict of them')
+        flows = {'model': flows} if isinstance(flows, TarFlow) else flows
+        if not isinstance(flows, dict) or not flows: raise ValueError(f'flows: {"none" if flows == {} else type(flows).__name__} came, must be a TarFlow, or a dict of them')
+        self.flows, self.n = dict(flows), check_whole('n', n, 1, 1024)
+        if sigma is not None: check_number('sigma', sigma, 0, above=True)
         for k, flow in self.flows.items():
             if not isinstance(flow, TarFlow): raise ValueError(f'flows: {k!r} is a {type(flow).__name__}; the panel takes TarFlow')
+            if not isinstance(flow.card, dict): raise ValueError(f'flows: the card of {k!r} is a {type(flow.card).__name__}, must be a dictionary')
             if flow.image_shape[0] not in (1, 3): raise ValueError(f'flows: {k!r} has {flow.image_shape[0]} channels; pictures have 1 or 3')
-        self.sigmas = {k: flow.card.get('sigma') or sigma for k, flow in self.flows.items()}
+        of_card = lambda k, card: check_number(f'flows, sigma on the card of {k!r}', card['sigma'], 0) if card.get('sigma') is not None else None
+        self.sigmas = {k: of_card(k, flow.card) or sigma for k, flow in self.flows.items()}
 
     def flow(self, name) -> TarFlow:
-        if name not in self.flows: raise ValueError(f"model: {name!r}; choose of {', '.join(map(repr, self.flows))}")
-        return self.flows[name]
+        return self.flows[check_choice('model', name, self.flows)]
 
     def labels(self, s:Setting):         # (n,), or None for a flow without classes
         "The labels of the samples."
         flow = self.flow(s.model)
         if not flow.classes: return None
-        _whole('label', s.label, -1, flow.classes - 1, f'this flow has the classes 0 to {flow.classes - 1}, and -1 stands for all in turn')
+        check_whole('label', s.label, -1, flow.classes - 1, f'a class of this flow, 0 to {flow.classes - 1}, or -1 for all in turn')
         y = torch.arange(self.n) % flow.classes if s.label == -1 else torch.full((self.n,), s.label)
         return y.to(next(flow.parameters()).device)
 
     def check(self, s:Setting) -> None:
         "ValueError, by name, for a setting that cannot be."
+        guidance_of(s); check_choice('denoise', s.denoise, (False, True))
         flow, sigma, T = self.flow(s.model), self.sigmas.get(s.model), len(self.flow(s.model).blocks)
-        self.labels(s), guidance_of(s)
+        self.labels(s)
         if s.kind in ('class', 'star') and not flow.classes:
             raise ValueError(f"kind: {s.kind!r} compares with and without a class, and {s.model!r} has none; choose 'none' or 'temperature'")
-        _number('gamma', s.gamma, 'a step of 0 or more, in units of sigma^2; 0 means none', lambda v: v >= 0)
+        check_number('gamma', s.gamma, 0, what='a step of 0 or more, in units of sigma^2; 0 means none')
         if s.gamma and not flow.classes: raise ValueError(f'gamma: {s.gamma} compares two scores, and {s.model!r} has no classes; 0 means no step')
         if (s.denoise or s.gamma) and sigma is None:
             raise ValueError(f'sigma: the card of {s.model!r} does not say it; give sigma=..., or set denoise=False and gamma=0')
-        _whole('seed', s.seed, 0, 2**63 - 1, 'a whole number of 0 or more')
-        if s.block is not None: _whole('block', s.block, 0, T, f'this flow has {T} blocks: 0 shows the latents, {T} the image')
+        check_whole('seed', s.seed, 0, 2**63 - 1)
+        if s.block is not None: check_whole('block', s.block, 0, T, f'how many of the {T} blocks are inverted: 0 shows the latents, {T} the image')
 
-# %% ../nbs/17_explore.ipynb #df09c005
+# %% ../nbs/17_explore.ipynb #3e422045
 class Paths(Flows):
     "The samples of a `Setting`, on their way through the blocks; the last few are remembered."
     def __init__(self, flows, n:int=16, sigma:float=None, keep:int=8): # paths remembered
         super().__init__(flows, n, sigma)
-        self.paths, self.keep = OrderedDict(), keep
+        self.paths, self.keep = OrderedDict(), check_whole('keep', keep)
 
     def depends(self, s:Setting) -> tuple:
         "What the samples of a setting depend on."
@@ -210,12 +205,13 @@ class Explorer(Paths):
         ms = 1e3 * (time.perf_counter() - start)
         return Picture(_grey(x, lost), _grey(end, ruined), left, right, ms, _words(s, flow, sigma, lost, ruined))
 
-# %% ../nbs/17_explore.ipynb #03dcd32b
+# %% ../nbs/17_explore.ipynb #671430c0
 def to_png(x:Tensor,                 # (n, c, h, w) in [-1, 1]
            side:int=240) -> bytes:   # about so many screen pixels wide
     "A square grid of images as a PNG, each pixel enlarged by a whole factor."
     import io
     from PIL import Image
+    check_tensor('x', x, 'b c h w'); check_whole('side', side, 1, 10_000)
     grid = to_levels(image_grid(x, math.ceil(len(x)**.5)), 256)
     zoom = max(1, round(side / grid.shape[-1]))
     grid = grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2).permute(1, 2, 0)     # (rows, columns, c)
@@ -241,10 +237,11 @@ def redraw(explorer:Explorer, s:Setting) -> tuple: # (PNG, PNG, HTML)
     except Exception as e: left, right, text = to_png(torch.zeros(1, 1, 8, 8)), to_png(torch.zeros(1, 1, 8, 8)), sentence(e)
     return left, right, f'{text}<br>Redrawn in {1e3 * (time.perf_counter() - start):.0f} ms.'
 
-# %% ../nbs/17_explore.ipynb #c0c704b2
+# %% ../nbs/17_explore.ipynb #de551f89
 def classes_of(flow:TarFlow) -> list:
     "(name, label) of what the class menu offers."
-    names = flow.card.get('class_names') or [str(k) for k in range(flow.classes)]
+    names = flow.card.get('class_names')
+    if not isinstance(names, (list, tuple)) or len(names) != flow.classes: names = range(flow.classes)      # none, or those of other classes: a card can be wrong
     return [('all in turn', -1), *((str(name), k) for k, name in enumerate(names))]
 
 def make_controls(explorer:Explorer, s:Setting) -> dict: # field of `Setting` -> widget
@@ -291,15 +288,16 @@ def setting_of(controls:dict) -> Setting:
     if controls['gamma'].disabled: values['gamma'] = 0.
     return Setting(**{**values, 'denoise': values['denoise'] and not controls['denoise'].disabled})
 
-# %% ../nbs/17_explore.ipynb #c2ee1ef5
+# %% ../nbs/17_explore.ipynb #99ee2adc
 def panel(flows=None,                # a TarFlow, its folder, a dict of flows, or an Explorer; None: those of the book
           start:Setting=None,        # where the controls stand at first
           n:int=16, sigma:float=None): # as `Explorer` takes them
     "The panel, an ipywidgets box; `controls`, `images`, `text` and `explorer` are its attributes."
     import ipywidgets as W
-    if not isinstance(flows, (type(None), TarFlow, dict, Explorer)): flows = TarFlow.from_pretrained(flows)
+    if isinstance(flows, (str, os.PathLike)): flows = TarFlow.from_pretrained(flows)
     explorer = flows if isinstance(flows, Explorer) else Explorer(book_flows() if flows is None else flows, n, sigma)
     if start is None: start = Setting(name := next(iter(explorer.flows)), denoise=explorer.sigmas[name] is not None)
+    if not isinstance(start, Setting): raise ValueError(f'start: {type(start).__name__} came, must be a Setting')
     explorer.check(start)
     controls, left, right, text = make_controls(explorer, start), W.Image(), W.Image(), W.HTML()
     busy = []                        # controls that `adapt` moves call nobody
@@ -320,14 +318,14 @@ def panel(flows=None,                # a TarFlow, its folder, a dict of flows, o
     box.controls, box.images, box.text, box.explorer = controls, (left, right), text, explorer
     return box
 
-# %% ../nbs/17_explore.ipynb #98da4ff4
+# %% ../nbs/17_explore.ipynb #a3e53a65
 SIGMAS = (.02, .03, .05, .07, .1, .15, .2, .3, .5, .7, 1.)
 
 def density_png(sigma:float) -> tuple: # (PNG, PNG)
     "The one- and two-dimensional figures of chapter 06, as PNG; the same whatever style the caller has set."
     import io
     import matplotlib.pyplot as plt
-    _number('sigma', sigma, 'the standard deviation of the noise, above 0', lambda v: v > 0)
+    check_number('sigma', sigma, 0, above=True)
     def png(draw):
         file, fig = io.BytesIO(), draw(sigma)
         fig.savefig(file, format='png'); plt.close(fig)
@@ -343,11 +341,11 @@ def density_redraw(sigma:float) -> tuple: # (PNG, PNG, HTML)
     except Exception as e: one, two, text = to_png(torch.zeros(1, 1, 8, 8)), to_png(torch.zeros(1, 1, 8, 8)), sentence(e)
     return one, two, f'{text} Redrawn in {1e3 * (time.perf_counter() - start):.0f} ms.'
 
-# %% ../nbs/17_explore.ipynb #dd51a369
+# %% ../nbs/17_explore.ipynb #817ee199
 def density_panel(sigma:float=.2):   # where the slider stands at first, one of SIGMAS
     "A slider of sigma over a density and its flow; `controls`, `images` and `text` are its attributes."
     import ipywidgets as W
-    if sigma not in SIGMAS: raise ValueError(f"sigma: {sigma!r}; the slider has the stops {', '.join(f'{v:g}' for v in SIGMAS)}")
+    check_choice('sigma', sigma, SIGMAS)
     slider = W.SelectionSlider(options=[(f'{v:g}', v) for v in SIGMAS], value=sigma, description='sigma', continuous_update=False,
                                tooltip='standard deviation of the noise', layout={'width': '420px'})
     one, two, text = W.Image(), W.Image(), W.HTML()
@@ -379,13 +377,15 @@ def quickest(run, like:Tensor, patience:float=.5): # -> milliseconds, what `run`
     if first < patience: first, out = timed(run, like)
     return 1e3 * first, out
 
-# %% ../nbs/17_explore.ipynb #94046bb9
+# %% ../nbs/17_explore.ipynb #e27fc5f2
 def compare_solvers(flow:TarFlow, n:int=4, # samples, of all classes in turn
                     guidance=None, tol:float=1e-5, seed:int=0, # as `trajectory` takes them; of the latents
                     solvers=SOLVERS) -> list: # of `Solved`
     "The same latents, inverted by each solver."
-    _whole('n', n, 1, 1024, 'samples, 1 to 1024')
-    _whole('seed', seed, 0, 2**63 - 1, 'a whole number of 0 or more')
+    if not isinstance(flow, TarFlow): raise ValueError(f'flow: {type(flow).__name__} came, must be a TarFlow')
+    check_whole('n', n, 1, 1024); check_whole('seed', seed, 0, 2**63 - 1)
+    if not isinstance(solvers, (list, tuple)) or not solvers: raise ValueError(f'solvers: {solvers!r} came, must be a list of some of {", ".join(SOLVERS)}')
+    for s in solvers: s == 'auto' or windows_of(flow, s, n, None, None, tol)   # before the first is run
     z, like = flow.draw(n, torch.Generator().manual_seed(seed)), next(flow.parameters())
     y = (torch.arange(n) % flow.classes).to(like.device) if flow.classes else None
     def solve(windows):
@@ -401,7 +401,7 @@ def compare_solvers(flow:TarFlow, n:int=4, # samples, of all classes in turn
         out.append(Solved(solver, _grey(x, broken(x)), tuple(windows), passes, ms, away))
     return out
 
-# %% ../nbs/17_explore.ipynb #5d51ba34
+# %% ../nbs/17_explore.ipynb #2ac11ea4
 @dataclass(frozen=True)
 class Contest:
     "All that a comparison of solvers depends on."
@@ -414,7 +414,9 @@ class Contest:
 
 def contest(flows:Flows, s:Contest) -> list: # of `Solved`
     "`compare_solvers` at a setting of the panel."
-    if s.kind not in ('none', 'class'): raise ValueError(f"kind: {s.kind!r}; choose 'none' or 'class'")
+    if not isinstance(flows, Flows): raise ValueError(f'flows: {type(flows).__name__} came, must be a Flows')
+    if not isinstance(s, Contest): raise ValueError(f's: {type(s).__name__} came, must be a Contest')
+    check_choice('kind', s.kind, ('none', 'class'))
     return compare_solvers(flows.flow(s.model), s.n, ClassGuidance(s.w) if s.kind == 'class' else None, s.tol, s.seed)
 
 def solver_table(found:list) -> str: # HTML
@@ -432,7 +434,7 @@ def solver_redraw(flows:Flows, s:Contest) -> tuple: # (a PNG for each of SOLVERS
     except Exception as e: pngs, text = [to_png(torch.zeros(1, 1, 8, 8), 160)] * len(SOLVERS), sentence(e)
     return pngs, f'{text}<br>Redrawn in {1e3 * (time.perf_counter() - start):.0f} ms.'
 
-# %% ../nbs/17_explore.ipynb #b8d773de
+# %% ../nbs/17_explore.ipynb #f344a125
 def solver_controls(flows:Flows, s:Contest) -> dict: # field of `Contest` -> widget
     "One control a field, standing at the setting `s`."
     import ipywidgets as W
@@ -452,7 +454,8 @@ def solver_panel(flows=None,         # a TarFlow, a dict of them, or a Flows; No
     "Four solvers side by side, an ipywidgets box; `controls`, `images`, `text` and `flows` are its attributes."
     import ipywidgets as W
     flows = flows if isinstance(flows, Flows) else Flows(book_flows() if flows is None else flows)
-    start = start or Contest(next(iter(flows.flows)))
+    start = Contest(next(iter(flows.flows))) if start is None else start
+    if not isinstance(start, Contest): raise ValueError(f'start: {type(start).__name__} came, must be a Contest')
     flows.flow(start.model)
     controls, images, text = solver_controls(flows, start), [W.Image() for _ in SOLVERS], W.HTML()
 

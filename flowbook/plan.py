@@ -7,7 +7,7 @@ __all__ = ['MADE', 'ROOM', 'pretended', 'rows_of', 'shard_plan', 'Shards', 'size
            'rank_memory', 'Problem', 'batch_problems', 'total_of', 'what_helps', 'memory_problems', 'data_problems',
            'other_problems', 'plan', 'size', 'duration', 'told']
 
-# %% ../nbs/15_plan.ipynb #9b7b6580
+# %% ../nbs/15_plan.ipynb #ed133e74
 import math, os, time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,19 +16,20 @@ from typing import NamedTuple
 import torch
 from torch import nn, Tensor
 from torch import distributed as dist
-from .configs import Config, count, flops, gpu_of, hours, memory, parameters, short, variant_of
+from .configs import Config, count, flops, gpu_of, hours, memory, parameters, short, variant_of, world_of
+from .data import check_whole
 from .recipe import build
 
 # %% ../nbs/15_plan.ipynb #934699a4
 # Axis legend of this module: w ranks.
 
-# %% ../nbs/15_plan.ipynb #34e48aa0
+# %% ../nbs/15_plan.ipynb #150917f2
 @contextmanager
 def pretended(world:int, rank:int=0): # -> a mesh of `world` ranks
     "A process group of which only this process exists: collectives return at once, and nothing is sent."
     try: from torch.testing._internal.distributed.fake_pg import FakeStore
     except ImportError as e: raise ImportError(f'this PyTorch ({torch.__version__}) has no fake process group ({e}); the plan needs one, any 2.8 or later has it') from None
-    if isinstance(world, bool) or not isinstance(world, int) or world < 1: raise ValueError(f'world: {world!r} came; a number of GPUs, 1 or more')
+    check_whole('world', world, 1, 2**13); check_whole('rank', rank, 0, world - 1)
     if dist.is_initialized(): raise ValueError(f'world: this process is one of {dist.get_world_size()} already; a plan for {world} ranks is made before a group is joined, or in another process')
     from torch.distributed.device_mesh import init_device_mesh
     dist.init_process_group('fake', rank=rank, world_size=world, store=FakeStore())
@@ -41,9 +42,10 @@ def rows_of(rows:int, world:int) -> Tensor: # (w,) int64
     piece = -(-rows // world)
     return (rows - piece * torch.arange(world)).clamp(0, piece)
 
-# %% ../nbs/15_plan.ipynb #6040997e
+# %% ../nbs/15_plan.ipynb #fa7371a3
 def shard_plan(model:nn.Module) -> list: # of (name, module), in the order in which `fully_shard` takes them
     "The modules that become FSDP groups: layers, blocks, encoder and decoder; those in which something is trained."
+    if not hasattr(getattr(model, 'flow', model), 'blocks'): raise ValueError(f'model: {type(model).__name__} came, must be a flow with blocks, or a model with such a .flow')
     flow, at = (model.flow, 'flow.') if hasattr(model, 'flow') else (model, '')
     units = []
     for t, block in enumerate(flow.blocks):
@@ -51,7 +53,7 @@ def shard_plan(model:nn.Module) -> list: # of (name, module), in the order in wh
     units += [(k, getattr(model, k)) for k in ('encoder', 'decoder') if hasattr(model, k)]
     return [(name, m) for name, m in units if any(p.requires_grad for p in m.parameters())]
 
-# %% ../nbs/15_plan.ipynb #e3a75f3f
+# %% ../nbs/15_plan.ipynb #fb897f17
 class Shards(NamedTuple):
     "What the ranks keep of a model, in bytes."
     groups: list                         # (name, bytes of the whole group)
@@ -69,13 +71,14 @@ def size_in(params) -> int: return sum(p.numel() * p.element_size() for p in par
 def shards(model:nn.Module, world:int, learned=()) -> Shards: # sharded here: build it under `torch.device('meta')`; learned: (name, module) of the objective
     "Shard a model over `world` ranks with `fully_shard`, and weigh the pieces."
     from torch.distributed.fsdp import fully_shard
-    units, taken, groups, held, room, tensors = [*shard_plan(model), *learned], set(), [], torch.zeros(world, dtype=torch.int64), 0, 0
+    units, taken, groups, room, tensors = [*shard_plan(model), *learned], set(), [], 0, 0
     for name, m in units:
         own = [p for p in m.parameters() if id(p) not in taken]
         taken |= {id(p) for p in own}
         groups.append((name, size_in(own)))
     others = [p for p in model.parameters() if id(p) not in taken]
     with pretended(world) as mesh:
+        held = torch.zeros(world, dtype=torch.int64)
         for _, m in units: fully_shard(m, mesh=mesh)
         for name, p in [*model.named_parameters(), *((f'{at}.{k}', p) for at, m in learned for k, p in m.named_parameters())]:
             if not hasattr(p, 'to_local'): continue
@@ -191,11 +194,11 @@ def other_problems(c:Config, world:int) -> list:
     if c.system.workers and world > 1 and c.system.workers * min(world, 8) > 128: out.append(Problem('workers', f'{c.system.workers} on each rank are {c.system.workers * min(world, 8)} processes a machine', 'system.workers', stops=False))
     return out
 
-# %% ../nbs/15_plan.ipynb #7361988c
+# %% ../nbs/15_plan.ipynb #5e93928a
 def plan(c:Config, world:int=None, gpu:str='H100', root=None) -> dict: # world: GPUs, None: as the configuration says; root: where the images are
     "What a training needs on each of `world` GPUs, and what cannot work. Seconds, no GPU."
-    start, world, card = time.perf_counter(), c.system.gpus if world is None else world, gpu_of(gpu)
-    if isinstance(world, bool) or not isinstance(world, int) or world < 1: raise ValueError(f'world: {world!r} came; a number of GPUs, 1 or more')
+    start, world, card = time.perf_counter(), world_of(c, world), gpu_of(gpu)
+    if not isinstance(root, (str, os.PathLike, type(None))): raise ValueError(f'root: {root!r} came, must be the folder of the images')
     if root is not None: c = replace(c, data=replace(c.data, root=str(root)))
     s = shards_of(c, world)[0] if c.system.parallel == 'fsdp' else None
     used, p, h, cost, b, k = rank_memory(c, world), parameters(c), hours(c, gpu, world), flops(c), c.optim.batch_size, c.system.accumulate
@@ -214,7 +217,7 @@ def plan(c:Config, world:int=None, gpu:str='H100', root=None) -> dict: # world: 
             'flops_a_step': sum(cost.values()), 'flops': h.flops, 'share_of_peak': h.share, 'seconds_a_step': h.days * 86400 / c.steps, 'gpu_hours': h.gpu, 'days': h.days,
             'checkpoint_bytes': state, 'model_bytes': 4 * model, 'problems': [q._asdict() for q in problems], 'seconds': time.perf_counter() - start}
 
-# %% ../nbs/15_plan.ipynb #99027fb8
+# %% ../nbs/15_plan.ipynb #63286713
 def size(n:float) -> str: # bytes, for people
     return f'{n / 2**30:.3g} GiB' if n >= 2**29 else f'{n / 2**20:.3g} MiB'
 
@@ -223,6 +226,7 @@ def duration(days:float) -> str:
 
 def told(p:dict) -> str:
     "A plan, for people."
+    if not isinstance(p, dict) or not {'shards', 'memory', 'problems'} <= p.keys(): raise ValueError(f'p: {type(p).__name__} came, must be what `plan` gives')
     listed = lambda d, f: ', '.join(f'{k} {f(v)}' for k, v in d.items())
     s, b, d, w = p['shards'], p['batch'], p['data'], p['world']
     even = b['micro'] == int(b['micro'])

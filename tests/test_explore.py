@@ -114,7 +114,7 @@ def test_extremes_show_samples_or_a_sentence(flows):
 
 
 @pytest.mark.parametrize('change,says', [
-    (dict(model='c'), 'choose of'), (dict(label=3), '0 to 2'), (dict(label=-2), '0 to 2'), (dict(label=1.5), '0 to 2'), (dict(kind='clas'), 'choose of'), (dict(w=-1.), '0 or more'), (dict(w=math.nan), '0 or more'),
+    (dict(model='c'), 'one of'), (dict(label=3), '0 to 2'), (dict(label=-2), '0 to 2'), (dict(label=1.5), '0 to 2'), (dict(kind='clas'), 'one of'), (dict(w=-1.), '0 or more'), (dict(w=math.nan), '0 or more'),
     (dict(tau=0.), 'above 0'), (dict(tau=-1.), 'above 0'), (dict(schedule='cosine'), 'constant'), (dict(gamma=-1.), '0 or more'), (dict(gamma=math.inf), '0 or more'), (dict(seed=-1), '0 or more'),
     (dict(block=4), '3 blocks'), (dict(block=-1), '3 blocks')])
 def test_bad_settings(flows, change, says):
@@ -125,7 +125,7 @@ def test_bad_settings(flows, change, says):
 
 
 def test_bad_explorers(flows):
-    for args, says in ((({},), 'none were given'), (({'a': torch.nn.Linear(1, 1)},), 'takes TarFlow'), ((flows, 0), '1 to 1024'), ((flows, 4, -1.), 'above 0')):
+    for args, says in ((({},), 'flows: none'), (({'a': torch.nn.Linear(1, 1)},), 'takes TarFlow'), ((flows, 0), 'at most 1024'), ((flows, 4, -1.), 'above 0')):
         with pytest.raises(ValueError, match=says): Explorer(*args)
     with pytest.raises(ValueError, match='give sigma='): Explorer(tiny(sigma=None)).picture(Setting('model'))
     with pytest.raises(ValueError, match='has no classes'): Explorer(flows).picture(Setting('free', gamma=1.))
@@ -185,7 +185,7 @@ def test_broken_samples_of_a_comparison_are_grey_and_said(flows):
 
 
 @pytest.mark.parametrize('change,says', [
-    (dict(model='c'), 'choose of'), (dict(n=0), '1 to 1024'), (dict(n=2.5), '1 to 1024'), (dict(kind='star'), "'none' or 'class'"), (dict(kind='class', w=-1.), '0 or more'), (dict(tol=-1.), 'tol: -1.0'),
+    (dict(model='c'), 'one of'), (dict(n=0), 'at most 1024'), (dict(n=2.5), 'at most 1024'), (dict(kind='star'), "'none', 'class'"), (dict(kind='class', w=-1.), '0 or more'), (dict(tol=-1.), 'tol: -1.0'),
     (dict(tol=math.nan), 'tol: nan'), (dict(seed=-1), 'seed: -1'), (dict(model='free', kind='class'), 'class')])
 def test_bad_contests(flows, change, says):
     s = Contest(**{'model': 'a', **change})
@@ -215,7 +215,19 @@ def test_every_control_of_the_solvers(flows):
     assert 'Nothing to show' in panel.text.value
     panel.controls['kind'].value = 'none'
     assert 'Nothing' not in panel.text.value
-    with pytest.raises(ValueError, match='choose of'): explore.solver_panel(flows, Contest('c'))
+    with pytest.raises(ValueError, match='one of'): explore.solver_panel(flows, Contest('c'))
+
+
+@pytest.mark.fault('malice', 'the card of a model says words for its noise, or names for other classes than it has', 'the explorer refuses the noise by name, and numbers the classes; mend card.json')
+@pytest.mark.parametrize('card', [{'sigma': 'loud'}, {'sigma': -1.}, {'sigma': math.inf}, {'sigma': True}, {'sigma': [.1]}, [], 'card'])
+def test_a_card_that_cannot_be(card, tried):
+    flow = tiny()
+    flow.card = card
+    with pytest.raises(ValueError, match='flows.*card of .model.') as e: Explorer(flow)
+    tried(said=str(e.value))
+    for names in ('abc', ['a'], {'a': 1}, 7):
+        flow.card = {'sigma': .1, 'class_names': names}
+        assert explore.classes_of(flow) == [('all in turn', -1), ('0', 0), ('1', 1), ('2', 2)]
 
 
 def test_a_panel_opens_a_folder(tmp_path):

@@ -58,6 +58,7 @@ def test_what_is_no_number_is_null_and_comes_back_as_nan(tmp_path, value):
     assert math.isnan(read_log(tmp_path)[0]['loss'])
 
 
+@pytest.mark.fault('disk', 'the last line of the log is torn', 'readers leave it out, a resume sets it aside; nothing to do')
 def test_a_resume_leaves_one_curve_and_keeps_the_rest(tmp_path):
     write(tmp_path, range(10, 100, 10))
     with open(tmp_path/'log.jsonl', 'a') as f:
@@ -77,6 +78,7 @@ def test_a_run_that_starts_anew_sets_everything_aside(tmp_path):
     assert [r['step'] for r in read_log(tmp_path)] == [10] and not read_log(tmp_path, events=True)
 
 
+@pytest.mark.fault('disk', 'the process dies while lines of the log after the checkpoint are set aside', 'the log is as it was, and the next start sets them aside; nothing to do')
 def test_a_crash_while_setting_aside_loses_nothing(tmp_path, monkeypatch):
     write(tmp_path, [10, 20, 30])
     before = (tmp_path/'log.jsonl').read_bytes()
@@ -110,10 +112,48 @@ def test_only_rank_0_writes(tmp_path):
 def test_bad_input_is_refused(tmp_path):
     with pytest.raises(ValueError, match='start: -1'):
         Journal(tmp_path, start=-1)
-    with Journal(tmp_path, console=None) as j, pytest.raises(ValueError, match="it has loss, must have 'step'"):
+    with Journal(tmp_path, console=None) as j, pytest.raises(ValueError, match="report: .*number of a 'step'"):
         j.write({'loss': 1})
     with pytest.raises(ValueError, match='no log.jsonl'):
         read_log(tmp_path/'nowhere')
+
+
+RUBBISH = {'binary': bytes(b for b in range(256) if b not in (10, 13)) * 40, 'nested': b'[' * 100_000, 'long': b'{"step": 20, "loss": "' + b'x' * 10**8 + b'"}', 'digits': b'{"step": ' + b'9' * 100_000 + b'}', 'half': b'{"step": 20, "lo',
+           'list': b'[1, 2]', 'no step': b'{"loss": 1.0}', 'step of words': b'{"step": "20", "loss": 1.0}', 'no number': b'{"step": NaN, "loss": 1.0}', 'code': b"__import__('os').system('touch ran')", 'pickle': b"cos\nsystem\n(S'touch ran'\ntR.".replace(b'\n', b'\x0b')}
+
+
+@pytest.mark.fault('malice', 'a line of log.jsonl is rubbish: bytes, 100 MB without an end, a number for a word, a pickle', 'readers leave it out and warn with the file and the line, a resume sets it aside; look at the disk')
+@pytest.mark.parametrize('kind', RUBBISH)
+def test_rubbish_in_a_log_is_left_out_and_set_aside(tmp_path, monkeypatch, kind, tried):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, [10])
+    with open(tmp_path/'log.jsonl', 'ab') as f:
+        f.write(RUBBISH[kind] + b'\n')
+    with open(tmp_path/'log.jsonl', 'a') as f:
+        f.write('{"step": 30, "loss": 3.0}\n')
+    began = time.process_time()
+    with pytest.warns(UserWarning, match=r'log.jsonl: \d+ of \d+ lines are no reports and are left out, the first is line 2') as told:
+        assert [r['step'] for r in read_log(tmp_path)] == [10, 30]
+    assert time.process_time() - began < 2
+    tried(said=told[0].message)
+    write(tmp_path, [40], start=30)                                                          # the run goes on
+    assert [r['step'] for r in read_log(tmp_path)] == [10, 30, 40] and len(RUBBISH[kind]) <= (tmp_path/'log.aside.jsonl').stat().st_size and not (tmp_path/'ran').exists()
+
+
+@pytest.mark.fault('malice', 'values of the log are words, lists or booleans where a curve wants numbers', 'the picture of the run leaves them out; nothing to do')
+def test_a_curve_has_numbers_only(tmp_path):
+    (tmp_path/'log.jsonl').write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": "low"}\n{"step": 3, "loss": [1], "fid": true}\n{"step": 4, "loss": null}\n{"step": 5, "event": 7}\n')
+    ax, = plot_run(tmp_path).axes
+    assert ax.get_title() == 'loss' and ax.lines[0].get_xdata().tolist() == [1, 4]
+
+
+def test_a_tensor_of_another_shape_is_not_stretched_into_a_model():
+    flow = new_flow()
+    name = 'blocks.0.proj_in.bias'
+    before = flow.state_dict()[name].clone()
+    with pytest.raises(ValueError, match=name):
+        filled(flow, {name: torch.ones(1)})
+    assert torch.equal(flow.state_dict()[name], before)
 
 
 class FakeWriter:
@@ -430,7 +470,7 @@ def test_quality_is_evaluate_of_what_was_drawn():
 
 def test_bad_counts_are_refused(tmp_path):
     flow = new_flow()
-    for f, words in ((lambda: quality(flow, None, 1), 'n: 1 samples'), (lambda: drawn(flow, 0), 'n: 0'), (lambda: drawn(flow, 5, batch_size=0), 'batch_size: 0'), (lambda: grid(flow, tmp_path, 1, 0), 'n: 0')):
+    for f, words in ((lambda: quality(flow, None, 1), 'n: 1 came'), (lambda: drawn(flow, 0), 'n: 0'), (lambda: drawn(flow, 5, batch_size=0), 'batch_size: 0'), (lambda: grid(flow, tmp_path, 1, 0), 'n: 0')):
         with pytest.raises(ValueError, match=words):
             f()
 

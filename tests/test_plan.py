@@ -100,8 +100,10 @@ def test_the_pretended_group_leaves_nothing_behind(tmp_path):
         with pytest.raises(ValueError, match='one of 1 already'): plan(fsdp(find_config('digits-rrepa-64')), 3)
         assert dist.get_world_size() == 1                                         # and this group is as it was
     finally: dist.destroy_process_group()
-    for bad in (0, -1, 2.5, True):
+    for bad in (0, -1, 2.5, True, 10**9):
         with pytest.raises(ValueError, match='world'): pretended(bad).__enter__()
+    with pytest.raises(ValueError, match='rank: 8'): pretended(8, 8).__enter__()
+    assert not dist.is_initialized()
 
 
 def test_without_the_fake_group_there_is_a_sentence(monkeypatch):
@@ -135,6 +137,10 @@ def test_a_projector_of_alignment_is_cut_too():
     assert beside == 0 and s.whole == 4 * (parameters(c)['flow'] + parameters(c)['projector']) and s.groups[-1][0] == 'projector'
 
 
+PROBLEM = pytest.mark.fault('configuration', 'a batch does not divide by the ranks, a model does not fit the card, images are not where they are said to be', 'the plan lists every such problem before a GPU is rented, with settings that help; take one of them')
+
+
+@PROBLEM
 def test_memory_problems_name_what_helps():
     c = find_config('rrepa-256-p1')
     assert memory_problems(c, 8, 'H200') == []
@@ -150,6 +156,7 @@ def test_memory_problems_name_what_helps():
 
 # --- problems
 
+@PROBLEM
 def test_a_batch_that_does_not_divide():
     c = find_config('tarflow-64')                                                 # 768 images
     assert batch_problems(c, 32) == [] == batch_problems(c, 768)
@@ -161,6 +168,7 @@ def test_a_batch_that_does_not_divide():
     assert batch_problems(replace(c, optim=replace(c.optim, batch_size=700)), 100) == batch_problems(replace(c, optim=replace(c.optim, batch_size=800)), 100) == []
 
 
+@PROBLEM
 def test_where_the_images_are(tmp_path):
     c = find_config('tarflow-64')
     at = lambda root: replace(c, data=replace(c.data, root=str(root)))
@@ -205,6 +213,7 @@ def test_a_plan_is_json_and_a_page():
         with pytest.raises(ValueError, match=says): plan(c, **bad)
 
 
+@PROBLEM
 def test_a_plan_says_everything_that_is_wrong(tmp_path):
     c = changed(find_config('simflow-512'), {'optim.batch_size': 250, 'system.gpus': 8})
     p = plan(c, 8, 'RTX-4090', root=tmp_path)
