@@ -316,7 +316,7 @@ class Lock:
         with contextlib.suppress(OSError): self.file.truncate(0)
         self.file.close()                                                     # and with it the lock
 
-# %% ../nbs/15_checkpoint.ipynb #8de4bf7d
+# %% ../nbs/15_checkpoint.ipynb #1a915215
 STEP = re.compile(r'step-(\d{8,})')
 BEING_WRITTEN, BEING_REMOVED, ASIDE = 'being-written-', 'being-removed-', 'set-aside-'
 
@@ -332,10 +332,21 @@ class Run:
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
         new_group = lambda: dist.new_group(backend='gloo', timeout=timedelta(seconds=timeout))
         self.groups = [new_group(), new_group()] if self.world > 1 else None
-        self.every(lambda: self.rank == 0 and write and open_folder(self))
+        try: self.every(lambda: self.rank == 0 and write and open_folder(self))
+        except Exception: self.part(); raise                                  # of one rank, and so of all
 
     @property
-    def group(self): return self.groups and self.groups[isinstance(threading.current_thread(), Writing)]
+    def group(self):
+        if self.world > 1 and self.groups is None: raise ValueError(f'run: {self.folder} is closed; make another Run')
+        return self.groups and self.groups[isinstance(threading.current_thread(), Writing)]
+
+    def part(self) -> None:
+        "Give up the groups, when all ranks have come here: else threads and sockets of every run that a process has had would pile up."
+        groups, self.groups = self.groups, None
+        try:
+            for g in groups or (): dist.monitored_barrier(g, timedelta(seconds=60))
+        except RuntimeError: return                                           # a rank is gone: who closes what it waits for can take it down
+        for g in groups or (): dist.destroy_process_group(g)
 
     def every(self, f) -> list:
         "What f() gives on each rank; where it raises on one rank, it raises on all."
@@ -388,18 +399,19 @@ class Run:
         writing, self.writing = self.writing, None
         if writing is not None: writing.result()
 
-    def close(self) -> None:
-        "Wait, and free the lock."
+    def close(self, together:bool=True) -> None: # False: this rank alone, after an error; it waits for nobody
+        "Wait for what is being written, free the lock, part from the other ranks."
         try: self.wait()
         finally:
             if self.lock is not None: self.lock.release()
             self.lock, self.write = None, False
+        if together: self.part()
 
     def __enter__(self): return self
 
     def __exit__(self, kind, error, trace):
         if kind is None: return self.close()
-        try: self.close()
+        try: self.close(together=False)
         except Exception as e: warnings.warn(f'{type(e).__name__}: {e}')      # the error that is under way is the one to be heard
 
     def __repr__(self):
@@ -426,7 +438,7 @@ class Writing(threading.Thread):
         self.join()
         if self.error is not None: raise self.error
 
-# %% ../nbs/15_checkpoint.ipynb #995fb5c7
+# %% ../nbs/15_checkpoint.ipynb #368354ac
 def open_folder(run:Run) -> None:
     "Rank 0: make the folder, lock it, clear away what dead runs left."
     try:
@@ -436,7 +448,7 @@ def open_folder(run:Run) -> None:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         if (steps := run.steps()) and run.latest() != steps[-1]: point(run, steps[-1])
     except OSError as e:
-        run.close()
+        run.close(together=False)
         raise CheckpointError(f'{run.folder} cannot be used for a run ({e.strerror}: {e.filename}). {advice(e)}') from e
 
 def point(run:Run, step:int) -> None:

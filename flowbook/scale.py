@@ -134,7 +134,7 @@ class Stop:
     def quiet(self) -> None:
         for s, handler in self.before.items(): signal.signal(s, handler)
 
-# %% ../nbs/15_scale.ipynb #d2fec6c7
+# %% ../nbs/15_scale.ipynb #487d1a1b
 class Parallel(Alone):
     "A step of `fit` by many processes, in one or several micro-batches; parameters whole in each, or sharded by FSDP2."
     keeps = False                        # checkpoints do it
@@ -174,6 +174,17 @@ class Parallel(Alone):
         share = (most / (norm + 1e-6)).clamp(max=1.)                                            # as in PyTorch's clip_grad_norm_
         torch._foreach_mul_([local(g) for grads in kinds for g in grads], share)
         return norm
+
+    def any(self, bad):
+        if self.world.size == 1: return bad
+        flag = bad.float()                                                                      # stays on the device, as the question does
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return flag > 0
+
+    def everyone(self, v):
+        said = [v] * self.world.size
+        if self.world.size > 1: dist.all_gather_object(said, v)
+        return said
 
     def gather(self, v):
         if self.world.size == 1: return v[None]
@@ -247,7 +258,7 @@ def check_same(c:Config, data, meta:dict, folder) -> None:
 
 def told_of(data) -> dict: return {'samples': len(data), 'classes': [str(k) for k in data.classes]}
 
-# %% ../nbs/15_scale.ipynb #483f2ed9
+# %% ../nbs/15_scale.ipynb #e978f39f
 class Training:
     "One run of one configuration: what `train` puts together."
     def __init__(self, c:Config, run:Run, world:World, stop:Stop, data, every:int, save_every:int, keep:int, sample_every:int, fid_every:int, judge):
@@ -317,7 +328,7 @@ class Training:
                 with speed.paused(): self.after(k, report, stage, model, mean, loop, last=k == first + stage.steps)
                 if loop.stopping: break
         except NonFiniteLoss as e:
-            self.journal.note('not finite', first + e.step, what=str(e))
+            self.journal.note('not finite', first + e.step, what=str(e), samples=sum(e.samples.values(), []), odd=e.odd)
             e.args = (f'{e} The newest checkpoint in {self.run.folder} is of step {self.run.steps()[-1]}.' if self.run.steps() else f'{e} There is no checkpoint yet.',)
             raise
         finally:
