@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['JOINS', 'RECOMPUTING', 'COMPILED', 'MAY_DIFFER', 'World', 'pick', 'join', 'leave', 'is_sharded', 'local', 'buckets',
            'in_buckets', 'same_start', 'average_gradients', 'Stop', 'Parallel', 'flow_of', 'units', 'shard',
-           'recomputing', 'compiling', 'layers_of', 'Outcome', 'leaves', 'check_same', 'told_of', 'Training', 'train',
-           'judge_of', 'smoke', 'bandwidth', 'small_training']
+           'recomputing', 'compiling', 'layers_of', 'Outcome', 'leaves', 'check_same', 'told_of', 'other_looks',
+           'Training', 'train', 'judge_of', 'smoke', 'bandwidth', 'small_training']
 
-# %% ../nbs/15_scale.ipynb #22962e6e
-import gc, itertools, os, signal, threading, time, warnings
+# %% ../nbs/15_scale.ipynb #aa85d3f9
+import contextlib, gc, hashlib, itertools, math, os, signal, threading, time, warnings
 from pathlib import Path
 from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import nn, Tensor
 from torch.distributed.tensor import DTensor
+from . import __version__
 from .checkpoint import Run, load, pack, save, weights
 from .configs import Config, flops, model_of, to_dict
-from .data import keyed
+from .data import _take, check_whole, keyed
 from .flows import shake
 from .loader import loader
 from .metrics import collect, load_statistics, make_extractor
@@ -134,7 +135,7 @@ class Stop:
     def quiet(self) -> None:
         for s, handler in self.before.items(): signal.signal(s, handler)
 
-# %% ../nbs/15_scale.ipynb #487d1a1b
+# %% ../nbs/15_scale.ipynb #82044ad9
 class Parallel(Alone):
     "A step of `fit` by many processes, in one or several micro-batches; parameters whole in each, or sharded by FSDP2."
     keeps = False                        # checkpoints do it
@@ -145,7 +146,7 @@ class Parallel(Alone):
                  due=lambda k: False,    # step -> is a report wanted, for a checkpoint?
                  stop:Stop=None,
                  restore=None):          # callable (flow, objective, opt, ema): puts back what was saved
-        if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1: raise ValueError(f'accumulate: {accumulate!r}; micro-batches a step, 1 or more')
+        check_whole('accumulate', accumulate); check_whole('done', done, 0); check_whole('seed', seed, 0)
         self.world, self.accumulate, self.done, self.seed, self.due, self.stop, self.restore, self.stopping = world, accumulate, done, seed, due, stop, restore, False
 
     def begin(self, flow, objective, opt, ema):
@@ -231,7 +232,7 @@ def compiling(layer:nn.Module) -> nn.Module:
 
 def layers_of(model:nn.Module) -> list: return [layer for block in flow_of(model).blocks for layer in block.layers]
 
-# %% ../nbs/15_scale.ipynb #288017bd
+# %% ../nbs/15_scale.ipynb #caea7de9
 class Outcome(NamedTuple):
     "How a run ended."
     state:str                            # 'done'; or 'stopped': it was told to, has saved, and goes on when it is called again
@@ -243,22 +244,36 @@ MAY_DIFFER = ('system.parallel', 'system.gpus', 'system.accumulate', 'system.che
 def leaves(d:dict, at:str='') -> dict: # {'optim': {'lr': 1e-4}} -> {'optim.lr': 1e-4}
     return {k: v for name, x in d.items() for k, v in (leaves(x, f'{at}{name}.') if isinstance(x, dict) else {at + name: x}).items()}
 
-def check_same(c:Config, data, meta:dict, folder) -> None:
+def check_same(c:Config, data:dict, meta:dict, folder) -> dict: # data: of `told_of` -> {what is otherwise and may be: [before, now]}
     "ValueError, by key, where a run would go on as another one."
     was, now = leaves(meta['config']), leaves(to_dict(c))
     constant = c.optim.schedule == 'constant' and c.joint is None                # then a longer run begins like a shorter one
     free = (*MAY_DIFFER, *(('optim.steps', 'optim.epochs') if constant else ()))
     if c.joint and c.joint.adversarial: free = tuple(k for k in free if k != 'system.accumulate') # a critic counts micro-batches to its start
-    differ = [k for k in {**was, **now} if was.get(k) != now.get(k) and not k.startswith(free)]
-    if differ: raise ValueError(f'{differ[0]}: the run in {folder} has {was.get(differ[0])!r}, and {now.get(differ[0])!r} came'
-                                f'{", and so for " + ", ".join(differ[1:4]) if differ[1:] else ""}; go on as it was begun, or take another folder')
-    for k, v in told_of(data).items():
-        if meta['data'][k] != v: raise ValueError(f'data: the run in {folder} was begun with {meta["data"]["samples"]} samples of {len(meta["data"]["classes"])} classes; these data have {len(data)} of {len(data.classes)}'
-                                                  f'{", other ones" if k == "classes" else ""}; go on with the same, or take another folder')
+    differ = [k for k in {**was, **now} if was.get(k) != now.get(k)]
+    if wrong := [k for k in differ if not k.startswith(free)]:
+        raise ValueError(f'{wrong[0]}: the run in {folder} has {was.get(wrong[0])!r}, and {now.get(wrong[0])!r} came'
+                         f'{", and so for " + ", ".join(wrong[1:4]) if wrong[1:] else ""}; go on as it was begun, or take another folder')
+    other = {'samples': 'not as many', 'classes': 'other classes', 'labels': 'other labels'}
+    other = [what for k, what in other.items() if k in meta['data'] and meta['data'][k] != data[k]] or ['other images'] * other_looks(meta['data'].get('looks', {}), data['looks'])
+    if other: raise ValueError(f'data: the run in {folder} was begun with {meta["data"]["samples"]} samples of {len(meta["data"]["classes"])} classes; these are {data["samples"]} of {len(data["classes"])}, {other[0]}; go on with the same, or take another folder')
+    return {k: [was.get(k), now.get(k)] for k in differ}
 
-def told_of(data) -> dict: return {'samples': len(data), 'classes': [str(k) for k in data.classes]}
+def told_of(data, most:int=16) -> dict:
+    "What a checkpoint keeps of a dataset, to know it again: how many, which classes, a hash of the labels, and how a few of the samples look."
+    labels, looks = getattr(data, 'labels', None), {}
+    for i in sorted({int(keyed(0, 0, k, 'look').integers(len(data))) for k in range(most)}):
+        with contextlib.suppress(Exception):                                     # which cannot be read: the loader's affair
+            x = _take(data, torch.tensor([i]))[0]
+            looks[str(i)] = [round(v, 3) if math.isfinite(v) else None for v in (x.mean().item(), x.std().item())]
+    return {'samples': len(data), 'classes': [str(k) for k in data.classes], 'labels': None if labels is None else hashlib.sha256(torch.as_tensor(labels).long().cpu().numpy().tobytes()).hexdigest()[:16], 'looks': looks}
 
-# %% ../nbs/15_scale.ipynb #e978f39f
+def other_looks(was:dict, now:dict) -> bool:
+    "Are more than half of these samples others? A few may have been mended, and another version of a decoder rounds otherwise."
+    both = [(a, b) for k in was.keys() & now.keys() for a, b in zip(was[k], now[k]) if a is not None and b is not None]
+    return 2 * sum(abs(a - b) > .01 * max(1, abs(a)) for a, b in both) > len(both)
+
+# %% ../nbs/15_scale.ipynb #ff50ceee
 class Training:
     "One run of one configuration: what `train` puts together."
     def __init__(self, c:Config, run:Run, world:World, stop:Stop, data, every:int, save_every:int, keep:int, sample_every:int, fid_every:int, judge):
@@ -266,12 +281,15 @@ class Training:
         self.every, self.save_every, self.keep, self.sample_every, self.fid_every = every, save_every, keep, sample_every, fid_every
         self.recipe = build(c, world.device)
         if data is None: data = open_data(c, folder=c.data.latents or run.folder/'latents', part=(world.rank, world.size), vae=self.recipe.vae, device=world.device)
-        self.data, self.sharded, self.card = check_data(c, data), c.system.parallel == 'fsdp', None
+        self.data, self.sharded, self.card, self.changed = check_data(c, data), c.system.parallel == 'fsdp', None, {}
+        told = run.every(lambda: told_of(self.data) if world.rank == 0 else None)[0]
+        self.meta = {'config': to_dict(c), 'data': told, 'world': world.size, 'torch': str(torch.__version__), 'flowbook': __version__}
 
     def go(self, resume:bool, console, tensorboard:bool) -> Outcome:
         "All stages, from where the newest intact checkpoint is."
         self.at, total, first = self.find(resume), sum(s.steps for s in self.recipe.stages), 0
         with Journal(self.run.folder, self.at, total, console, tensorboard) as self.journal:
+            if self.changed: self.journal.note('changed', self.at, **self.changed)
             for i, stage in enumerate(self.recipe.stages):
                 last = first + stage.steps
                 if self.at < last or last == total:
@@ -286,7 +304,8 @@ class Training:
         if not steps: return 0
         if not resume: raise ValueError(f'out: {self.run.folder} holds a run of {steps[-1]} steps; go on with it (resume=True), or take another folder')
         at, meta = load(self.run, {}, strict=False)
-        check_same(self.c, self.data, meta, self.run.folder)
+        self.changed = check_same(self.c, self.meta['data'], meta, self.run.folder)
+        self.changed |= {k: [meta.get(k), self.meta[k]] for k in ('world', 'torch', 'flowbook') if meta.get(k) != self.meta[k]}
         return at
 
     def prepared(self, i:int):
@@ -359,8 +378,7 @@ class Training:
             report |= quality(shown, *self.judge, **self.way())
         self.journal.write(report)
         if ending or k % self.save_every == 0:
-            meta = {'config': to_dict(self.c), 'stage': stage.name, 'data': told_of(self.data), 'world': self.world.size, 'torch': str(torch.__version__)}
-            save(self.run, k, pack(*self.parts), meta, keep=self.keep, asynchronous=not ending)
+            save(self.run, k, pack(*self.parts), {**self.meta, 'stage': stage.name}, keep=self.keep, asynchronous=not ending)
             self.export(k, stage, model, mean, shown)
             self.journal.note('saved', k)
         if self.sample_every and (k % self.sample_every == 0 or last):
@@ -396,7 +414,7 @@ class Training:
         if self.card is None: self.card = card_of(self.c, self.data)
         save_model(self.recipe, shown, self.run.folder/'model', {**self.card, 'steps': k})
 
-# %% ../nbs/15_scale.ipynb #ec95b257
+# %% ../nbs/15_scale.ipynb #6b5b608b
 def train(c:Config,                      # of `find_config`, perhaps overridden
           out,                           # the run's folder: checkpoints, log.jsonl, model, samples
           *, device:str='auto', every:int=10, # report every so many steps
@@ -408,8 +426,7 @@ def train(c:Config,                      # of `find_config`, perhaps overridden
           data=None,                     # None: what `open_data` opens
           console=print, tensorboard:bool=True) -> Outcome:
     "Train a configuration on all processes that torchrun started, or on one: the same code. Called again, it goes on."
-    for name, v, least in (('every', every, 1), ('save_every', save_every, 1), ('keep', keep, 2), ('sample_every', sample_every, 0), ('fid_every', fid_every, 0)):
-        if isinstance(v, bool) or not isinstance(v, int) or v < least: raise ValueError(f'{name}: {v!r}; a whole number, {least} or more')
+    for name, v, least in (('every', every, 1), ('save_every', save_every, 1), ('keep', keep, 2), ('sample_every', sample_every, 0), ('fid_every', fid_every, 0)): check_whole(name, v, least)
     mine, world = not dist.is_initialized(), join(device, c.system.parallel == 'fsdp')
     if c.optim.batch_size % (world.size * c.system.accumulate): raise ValueError(f'optim.batch_size: {c.optim.batch_size} is not to be divided among {world.size} processes and {c.system.accumulate} micro-batches; take a multiple of {world.size * c.system.accumulate}')
     stop = Stop(world)

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import in_ranks
-from scale_ranks import KINDS, SHARDED, compare, same, through, train as train_kind
+from scale_ranks import KINDS, SHARDED, compare, once, same, through, train as train_kind
 from torch import nn
 
 from flowbook import repa, scale
-from flowbook.checkpoint import Run, problems
+from flowbook.checkpoint import CheckpointError, Run, problems
 from flowbook.configs import CONFIGS, find_config, override
 from flowbook.data import InMemory, batches, load
 from flowbook.flows import shake
@@ -195,16 +195,72 @@ def test_stages_go_on_from_within_and_between(tmp_path):
         assert equal(tensors(to, last), tensors(tmp_path/'whole', last)), f'from step {k} of {last}'
 
 
-def test_a_run_goes_on_as_what_it_was_only(tmp_path):
+@pytest.mark.fault('configuration', 'a run is to go on with another learning rate, size, batch, noise, weight or seed', 'it is refused with the key and both values, and nothing is written: go on as it was begun, or take another folder')
+def test_a_run_goes_on_as_what_it_was_only(tmp_path, tried):
     c = tiny(steps=2)
     quick(c, tmp_path)
-    for key, value in (('optim.lr', 1e-2), ('flow.dim', 48), ('optim.batch_size', 8), ('align.lam', .3), ('noise.sigma', .3), ('seed', 1)):
-        with pytest.raises(ValueError, match=key): quick(override(c, [f'{key}={value}']), tmp_path)
-    with pytest.raises(ValueError, match='data.samples'): quick(override(c, ['data.samples=39']), tmp_path, data=few(39))
-    other = few(); other.classes = tuple('abcdefghij')
-    with pytest.raises(ValueError, match='begun with 40 samples of 10 classes.*other ones'): quick(c, tmp_path, data=other)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path/'checkpoints').rglob('*')}
+    keys = (('optim.lr', 1e-2), ('flow.dim', 48), ('optim.batch_size', 8), ('align.lam', .3), ('noise.sigma', .3), ('seed', 1))
+    for key, value in keys:
+        with pytest.raises(ValueError, match=key) as e: quick(override(c, [f'{key}={value}']), tmp_path)
+        tried(times=len(keys), said=e.value)
     with pytest.raises(ValueError, match='holds a run of 2 steps'): quick(c, tmp_path, resume=False)
-    assert quick(override(c, ['system.workers=1', 'sample.w=3', 'system.checkpoint=true']), tmp_path).state == 'done'   # how it runs may change
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path/'checkpoints').rglob('*')} == before
+
+
+@pytest.mark.fault('configuration', 'a run is to go on with other data', 'it is refused, also where number, classes and labels are the same and only the images are others: the same data, or another folder')
+def test_other_data_are_noticed_and_a_mended_sample_is_not(tmp_path, tried):
+    c = tiny(steps=2)
+    quick(c, tmp_path)
+    def changed(images=None, labels=None, classes=None, n=40):
+        d = few(n)
+        return InMemory(d.images if images is None else images(d.images.clone()), d.labels if labels is None else labels(d.labels.clone()), classes or d.classes, d.levels, 'others')
+    def one(images): images[int(next(iter(scale.told_of(few())['looks'])))] = 0; return images
+    with pytest.raises(ValueError, match='data.samples'): quick(override(c, ['data.samples=39']), tmp_path, data=few(39))
+    others = {'other classes': dict(classes=tuple('abcdefghij')), 'other labels': dict(labels=lambda y: (y + 1) % 10), 'other images': dict(images=lambda x: x.roll(1, 0))}
+    for what, how in others.items():
+        with pytest.raises(ValueError, match=f'begun with 40 samples of 10 classes; these are 40 of 10, {what}; go on with the same') as e: quick(c, tmp_path, data=changed(**how))
+    tried(times=len(others) + 1, said=e.value)
+    assert quick(c, tmp_path, data=changed(images=one)).state == 'done'           # one sample in 40 was mended
+    told = scale.told_of(few())
+    assert len(told['looks']) >= 10 and scale.told_of(few()) == told and len(json.dumps(told)) < 1000
+
+
+def test_data_that_cannot_be_read_everywhere_are_known_by_what_can():
+    class Torn(InMemory):
+        def batch(self, index):
+            if int(torch.as_tensor(index)[0]) % 2: raise OSError('gone')
+            return super().batch(index)
+    d = few()
+    torn, whole = scale.told_of(Torn(d.images, d.labels, d.classes, d.levels, 'torn')), scale.told_of(d)
+    assert 0 < len(torn['looks']) < len(whole['looks']) and not scale.other_looks(whole['looks'], torn['looks'])
+    assert scale.other_looks({'3': [0., 1.]}, {'3': [.5, .5]}) and not scale.other_looks({'3': [0., None]}, {'3': [.001, 1.]}) and not scale.other_looks({}, {'3': [0., 1.]})
+
+
+@pytest.mark.fault('configuration', 'a run goes on with other versions of packages, another number of workers, recomputing', 'it goes on, and the log says what is otherwise; nothing to do')
+def test_what_may_differ_goes_on_and_is_in_the_log(tmp_path, monkeypatch):
+    c = tiny(steps=4)
+    quick(tiny(steps=4), tmp_path, console=lambda line: os.kill(os.getpid(), signal.SIGUSR1) if 'step 1 of' in line else None)
+    real = str(torch.__version__)
+    monkeypatch.setattr(torch, '__version__', '9.9.9'); monkeypatch.setattr(scale, '__version__', '99')
+    assert quick(override(c, ['system.workers=1', 'sample.w=3', 'system.checkpoint=true']), tmp_path).state == 'done'
+    said = [l for l in map(json.loads, (tmp_path/'log.jsonl').read_text().splitlines()) if l.get('event') == 'changed']
+    assert len(said) == 1 and said[0]['torch'] == [real, '9.9.9'] and said[0]['flowbook'][1] == '99' and said[0]['system.workers'] == [0, 1] and said[0]['system.checkpoint'] == [False, True] and 'world' not in said[0]
+
+
+TWICE = ('processes', 'two runs are started in one folder', 'the second is refused with the process, host and time of the first, and writes nothing; a dead process holds nothing: wait, or give another folder')
+
+
+@pytest.mark.fault(*TWICE)
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path, tried):
+    c = tiny(steps=3)
+    def second(line):
+        if 'step 2 of' not in line: return
+        before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*')}
+        with pytest.raises(CheckpointError, match=f'{tmp_path} is in use by process {os.getpid()} on .* since 20.*give another folder') as e: quick(c, tmp_path)
+        assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*')} == before
+        tried(said=e.value)
+    assert quick(c, tmp_path, console=second).state == 'done'
 
 
 def test_mistakes_are_said_before_anything_is_made(tmp_path, monkeypatch):
@@ -264,6 +320,20 @@ def test_two_processes_equal_one_with_twice_the_batch():
 def test_ranks_hold_the_same_bits_after_every_objective():
     a, b = in_ranks(same, 2, list(KINDS))
     assert a == b and len(a) == len(KINDS)
+
+
+@pytest.mark.slow
+@pytest.mark.fault('numbers', 'NaN, infinity or an overflow on one of two processes', 'both stop one step later at the latest, with the same words; the newest checkpoint is intact; mended, the run ends with the bits of one in which nothing was bad')
+def test_a_bad_step_of_one_process_stops_all_and_the_mended_run_goes_on(tmp_path, tried):
+    kinds = [(way, False) for way in ('pixel nan', 'pixel inf', 'gradient', 'loss', 'overflow')] + [('pixel nan', True), ('loss', True)]
+    found = in_ranks(once, 2, str(tmp_path), kinds)
+    for kind in kinds:
+        for f in (one := found[0][kind], found[1][kind]):
+            own = {1: f['theirs'][1]} if kind[0] in ('pixel nan', 'pixel inf', 'loss') else dict(enumerate(f['theirs']))   # a gradient is the ranks' together
+            assert f['step'] == 4 and f['samples'] == own and f['calls'] == 5, (kind, f)
+            assert f['odd'] == ([f['theirs'][1][0]] if 'pixel' in kind[0] else []), (kind, f)
+            assert f['intact'] and f['mended'] and f['text'] == one['text'] and 'is of step 3' in f['text'] and 'of epoch 0 on rank 1' in f['text'], (kind, f)
+    tried(times=len(kinds), said=found[0][kinds[0]]['text'])
 
 
 def torchrun(n, *args, torchrun=(), env=None, **kw):
@@ -375,6 +445,17 @@ def test_one_process_leaves_with_a_status_of_its_own(tmp_path, script):
     wait_for(script, 'step 3 of')
     p.send_signal(signal.SIGUSR1)
     assert finished(p)[0] == 75
+
+
+@pytest.mark.slow
+@pytest.mark.fault(*TWICE)
+def test_a_run_whose_process_was_killed_is_gone_on_with(tmp_path, script):
+    p = script(tmp_path/'out', 0, 4000, SLOW='0.05')
+    wait_for(script, 'step 3 of')
+    with pytest.raises(CheckpointError, match=f'in use by process {p.pid} on'): quick(tiny(steps=4000), tmp_path/'out')
+    p.kill(); p.wait(10)
+    stop = lambda line: os.kill(os.getpid(), signal.SIGUSR1)
+    assert quick(tiny(steps=4000), tmp_path/'out', console=stop).state == 'stopped'
 
 
 @pytest.mark.slow
