@@ -8,7 +8,7 @@ __all__ = ['JOINS', 'RECOMPUTING', 'COMPILED', 'MAY_DIFFER', 'World', 'pick', 'j
            'recomputing', 'compiling', 'layers_of', 'Outcome', 'leaves', 'check_same', 'told_of', 'other_looks',
            'Training', 'train', 'judge_of', 'smoke', 'bandwidth', 'small_training']
 
-# %% ../nbs/15_scale.ipynb #aa85d3f9
+# %% ../nbs/15_scale.ipynb #653186a4
 import contextlib, gc, hashlib, itertools, math, os, signal, threading, time, warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn, Tensor
 from torch.distributed.tensor import DTensor
 from . import __version__
-from .checkpoint import Run, load, pack, save, weights
+from .checkpoint import CheckpointError, Run, load, pack, save, weights
 from .configs import Config, flops, model_of, to_dict
 from .data import _take, check_whole, keyed
 from .flows import shake
@@ -273,7 +273,7 @@ def other_looks(was:dict, now:dict) -> bool:
     both = [(a, b) for k in was.keys() & now.keys() for a, b in zip(was[k], now[k]) if a is not None and b is not None]
     return 2 * sum(abs(a - b) > .01 * max(1, abs(a)) for a, b in both) > len(both)
 
-# %% ../nbs/15_scale.ipynb #ff50ceee
+# %% ../nbs/15_scale.ipynb #c3fe35de
 class Training:
     "One run of one configuration: what `train` puts together."
     def __init__(self, c:Config, run:Run, world:World, stop:Stop, data, every:int, save_every:int, keep:int, sample_every:int, fid_every:int, judge):
@@ -347,6 +347,7 @@ class Training:
                 with speed.paused(): self.after(k, report, stage, model, mean, loop, last=k == first + stage.steps)
                 if loop.stopping: break
         except NonFiniteLoss as e:
+            with contextlib.suppress(CheckpointError): self.run.wait()           # what is still being written is from before, and counts
             self.journal.note('not finite', first + e.step, what=str(e), samples=sum(e.samples.values(), []), odd=e.odd)
             e.args = (f'{e} The newest checkpoint in {self.run.folder} is of step {self.run.steps()[-1]}.' if self.run.steps() else f'{e} There is no checkpoint yet.',)
             raise

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['keyed_uniform', 'keyed_normal', 'GaussianNoise', 'Dequantize', 'DropLabels', 'NLL', 'recomputed', 'NonFiniteLoss',
-           'suspects', 'cosine', 'ema', 'fit', 'faster_in_bf16', 'adamw', 'Kept', 'Late', 'Meter', 'Alone', 'mean_nll',
-           'to_bits', 'progress', 'plot_curve', 'live_curve']
+           'suspects', 'cosine', 'ema', 'fit', 'check_device', 'faster_in_bf16', 'adamw', 'Kept', 'Late', 'Meter',
+           'Alone', 'check_dataset', 'check_transforms', 'mean_nll', 'to_bits', 'progress', 'plot_curve', 'live_curve']
 
-# %% ../nbs/02_train.ipynb #806f14d9
+# %% ../nbs/02_train.ipynb #7b26efff
 import itertools, math, sys, time
 import torch
 from torch import nn, Tensor
-from .data import Batch, batches, check_choice, check_number, check_whole, keyed
+from .data import Batch, batches, check_choice, check_number, check_tensor, check_whole, keyed
 from .flows import normal_log_prob
 
 # %% ../nbs/02_train.ipynb #1c851c37
@@ -115,20 +115,25 @@ def suspects(batches:list) -> list: # of one step, a batch or several micro-batc
         found.append({'epoch': getattr(b, 'epoch', None), 'samples': index or [], 'odd': [index[k] for k in odd] if index else [f'at place {k}' for k in odd]})
     return found
 
-# %% ../nbs/02_train.ipynb #90de86f1
+# %% ../nbs/02_train.ipynb #65e949cd
 def cosine(step:int,           # 0, 1, ... steps - 1
            steps:int,          # length of the run
            warmup:int=0,       # steps of linear warm-up
            floor:float=0.01,   # where it starts and ends, as a share of the peak
           ) -> float:          # share of the peak learning rate
     "Linear warm-up, then half a cosine. TARFlow §3 (floor 1e-2 there)."
+    check_whole('step', step, 0); check_whole('steps', steps); check_whole('warmup', warmup, 0); check_number('floor', floor, 0, 1)
     if step < warmup: return floor + (1 - floor) * step / warmup
     t = (step - warmup) / max(1, steps - 1 - warmup)
     return floor + (1 - floor) * (1 + math.cos(math.pi * min(t, 1.))) / 2
 
+def _check_module(flow):
+    if not isinstance(flow, nn.Module): raise ValueError(f'flow: a {type(flow).__name__} came, must be a module')
+
 def ema(flow:nn.Module, decay:float) -> torch.optim.swa_utils.AveragedModel:
     "A moving average of the weights of `flow`, to hand to `fit`; `.module` is the averaged flow."
     from torch.optim.swa_utils import AveragedModel
+    _check_module(flow)
     check_number('decay', decay, 0, 1, below=True, what='0 or more and below 1, for instance 0.999')
     local = lambda tensors: [t.detach().to_local() if hasattr(t, 'to_local') else t.detach() for t in tensors] # of what is sharded (chapter 15), this process's part
     class Averaged(AveragedModel):                          # PyTorch's own copies its count to the device at every step, and waits for it
@@ -197,10 +202,11 @@ def fit(flow:nn.Module,       # a Flow (or any module that the objective underst
         if ema is not None: ema.update_parameters(flow)
         if report: yield {'step': step, **means, 'lr': now, 'seconds': time.perf_counter() - start, **chosen}
 
-# %% ../nbs/02_train.ipynb #32f93d60
+# %% ../nbs/02_train.ipynb #2eb43168
 def _check_fit(flow, data, objective, steps, lr, betas, weight_decay, schedule, warmup, clip, ema, amp, compile, every, device):
     "ValueError for arguments that `fit` cannot work with."
-    for name, v, right, what in (('flow', flow, isinstance(flow, nn.Module), 'a module'), ('data', data, hasattr(data, '__iter__') and not isinstance(data, (str, Tensor)), 'an iterable of Batch, or of (x, y)'),
+    _check_module(flow)
+    for name, v, right, what in (('data', data, hasattr(data, '__iter__') and not isinstance(data, (str, dict, Tensor)), 'an iterable of Batch, or of (x, y)'),
                                  ('objective', objective, objective is None or callable(objective), 'a callable (flow, x, y) -> logs'), ('schedule', schedule, callable(schedule), 'a callable (step, steps, warmup) -> share of lr'),
                                  ('ema', ema, ema is None or hasattr(ema, 'update_parameters'), 'what ema(flow, decay) returned'), ('betas', betas, isinstance(betas, (tuple, list)) and len(betas) == 2, 'two numbers')):
         if not right: raise ValueError(f'{name}: a {type(v).__name__} came, must be {what}')
@@ -210,10 +216,10 @@ def _check_fit(flow, data, objective, steps, lr, betas, weight_decay, schedule, 
     check_whole('warmup', warmup, 0, max(steps, 2) - 1, what=f'0 or more, and shorter than the run of {steps} steps')
     if clip is not None: check_number('clip', clip, 0, above=True, what='the largest gradient norm, above 0, or None for no clipping')
     check_choice('amp', amp, ('auto', 'bf16', 'off', 'measure')); check_choice('compile', compile, (True, False))
-    _device(device)
+    check_device(device)
 
-def _device(device):
-    "ValueError for what is no device."
+def check_device(device):
+    "ValueError for what is no device; None is one that somebody else chooses."
     try: return device if device is None else torch.device(device)
     except (RuntimeError, TypeError): raise ValueError(f"device: {device!r} came, must be for instance 'cpu' or 'cuda'") from None
 
@@ -234,9 +240,10 @@ def _sees(batch):
     target = getattr(batch, 'target', None)
     return tuple(batch[:2]) if target is None else (*batch[:2], target)
 
-# %% ../nbs/02_train.ipynb #de22ecff
+# %% ../nbs/02_train.ipynb #70901f17
 def faster_in_bf16(flow:nn.Module, x:Tensor, y:Tensor, objective=None, rounds:int=3, gain:float=1.1, more:tuple=()) -> bool:
     "Is a forward and backward pass under bf16 autocast `gain` times as fast as in float32? Timed in turns on one batch."
+    _check_module(flow); check_tensor('x', x, 'b ...'); check_whole('rounds', rounds); check_number('gain', gain, 0)
     objective = NLL() if objective is None else objective
     params = [p for m in (flow, objective) if isinstance(m, nn.Module) for p in m.parameters()]
     grads, least = [p.grad for p in params], {'off': math.inf, 'bf16': math.inf}
@@ -330,13 +337,25 @@ class Alone:
     def gather(self, v:Tensor) -> Tensor: return v[None]                  # (k,) -> (processes, k)
     def everyone(self, v) -> list: return [v]                             # what each process has to say, in words
 
-# %% ../nbs/02_train.ipynb #ddaaf143
+# %% ../nbs/02_train.ipynb #9cc00d65
+def check_dataset(data, name:str='data') -> None:
+    "ValueError for what has no length and no samples to be asked for by number."
+    if isinstance(data, (str, dict, set)) or not (hasattr(data, '__len__') and (hasattr(data, '__getitem__') or hasattr(data, 'batch'))):
+        raise ValueError(f'{name}: a {type(data).__name__} came, must be a dataset: samples (x, y), with a length and an index')
+
+def check_transforms(transforms) -> tuple:
+    "ValueError for what is no list of callables Batch -> Batch."
+    if not isinstance(transforms, (list, tuple)) or (wrong := [t for t in transforms if not callable(t)]):
+        raise ValueError(f'transforms: {transforms if not isinstance(transforms, (list, tuple)) else wrong[0]!r} came, must be a list of callables Batch -> Batch')
+    return tuple(transforms)
+
 @torch.no_grad()
 def mean_nll(flow:nn.Module, data,       # a dataset
              transforms=(),              # the noise under which the density is meant
              draws:int=1,                # how many noise draws to average
              batch_size:int=500, seed:int=1) -> float:
     "Mean negative log-likelihood of a dataset, nats per dimension, constants included."
+    _check_module(flow); check_dataset(data); check_transforms(transforms); check_whole('draws', draws); check_whole('batch_size', batch_size)
     device, total, count = next(flow.parameters()).device, 0., 0
     size = min(batch_size, len(data))
     for b in batches(data, size, seed=seed, transforms=transforms, epochs=draws, shuffle=False):
@@ -349,11 +368,14 @@ def to_bits(nats:float,              # negative log-likelihood per dimension of 
             levels:int|None=None     # of the dataset, if the noise was `Dequantize(levels)`
            ) -> float:
     "Bits per dimension: with `levels` of the discrete image (TARFlow §2.4), without of the density."
+    check_number('nats', nats)
+    if levels is not None: check_whole('levels', levels, 2)
     return nats / math.log(2) + (math.log2(levels / 2) if levels else 0.)
 
-# %% ../nbs/02_train.ipynb #ee2083e0
+# %% ../nbs/02_train.ipynb #d128ec3c
 def progress(logs, steps:int, desc:str='', keys=('loss',)):
     "A progress bar that reads `fit(...)` and passes its logs on."
+    check_whole('steps', steps)
     from tqdm import tqdm
     with tqdm(total=steps, desc=desc, file=sys.stdout, ncols=88, mininterval=.3, ascii=' -=#') as bar:
         for log in logs:
@@ -364,6 +386,8 @@ def progress(logs, steps:int, desc:str='', keys=('loss',)):
 def plot_curve(history:list,      # logs of `fit`
                keys=('loss',), ax=None, label:str=''):
     "Draw logs over steps."
+    if not isinstance(history, (list, tuple)) or (lost := [k for k in ('step', *keys) for h in history if k not in h]):
+        raise ValueError(f'history: {f"logs without {lost[0]!r}" if isinstance(history, (list, tuple)) else f"a {type(history).__name__}"} came, must be a list of logs of `fit` with step, {", ".join(keys)}')
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(4.5, 2.2))[1]
     for k, style in zip(keys, ('-', '--', ':', '-.')):
@@ -372,11 +396,12 @@ def plot_curve(history:list,      # logs of `fit`
     ax.set(xlabel='step', ylabel='nats a dimension' if keys == ('loss',) else None)
     return ax
 
-# %% ../nbs/02_train.ipynb #83c190f9
+# %% ../nbs/02_train.ipynb #bac08177
 def live_curve(logs, keys=('loss',), seconds:float=1.):
     "A curve in the notebook that redraws itself while it reads `fit(...)`, and passes its logs on."
     import matplotlib.pyplot as plt
     from IPython.display import display
+    check_number('seconds', seconds, 0)
     history, handle, last = [], None, -math.inf
     def draw():
         ax = plot_curve(history, keys); ax.legend(); plt.close(ax.figure)
