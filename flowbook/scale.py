@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['JOINS', 'RECOMPUTING', 'COMPILED', 'MAY_DIFFER', 'World', 'pick', 'join', 'leave', 'is_sharded', 'local', 'buckets',
            'in_buckets', 'same_start', 'average_gradients', 'Stop', 'Parallel', 'flow_of', 'units', 'shard',
-           'recomputing', 'compiling', 'layers_of', 'Outcome', 'leaves', 'check_same', 'told_of', 'other_looks',
-           'Training', 'train', 'judge_of', 'smoke', 'bandwidth', 'small_training']
+           'check_layer', 'recomputing', 'compiling', 'layers_of', 'Outcome', 'leaves', 'check_same', 'told_of',
+           'other_looks', 'Training', 'train', 'judge_of', 'smoke', 'bandwidth', 'small_training']
 
-# %% ../nbs/15_scale.ipynb #653186a4
+# %% ../nbs/15_scale.ipynb #e9c40986
 import contextlib, gc, hashlib, itertools, math, os, signal, threading, time, warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -17,22 +17,22 @@ import torch.distributed as dist
 from torch import nn, Tensor
 from torch.distributed.tensor import DTensor
 from . import __version__
-from .checkpoint import CheckpointError, Run, load, pack, save, weights
+from .checkpoint import CheckpointError, Run, check_path, load, pack, save, weights
 from .configs import Config, flops, model_of, to_dict
-from .data import _take, check_whole, keyed
+from .data import _take, check_choice, check_number, check_whole, keyed
 from .flows import shake
 from .loader import loader
 from .metrics import collect, load_statistics, make_extractor
 from .monitor import Journal, Speed, block_stats, filled, grid, norms, quality
 from .plan import shard_plan
-from .recipe import build, card_of, check_data, guidance_of, open_data, open_images, save_model
+from .recipe import build, card_of, check_config, check_data, guidance_of, open_data, open_images, save_model
 from .tarflow import TarFlow
 from .train import Alone, NonFiniteLoss, ema, fit
 
 # %% ../nbs/15_scale.ipynb #67326b08
 # Axis legend of this module: k step, t block, l layer. "Process" and "rank" are one thing, and each has at most one GPU.
 
-# %% ../nbs/15_scale.ipynb #d42f595e
+# %% ../nbs/15_scale.ipynb #2987b2a4
 class World(NamedTuple):
     "This process among the others."
     rank:int = 0
@@ -42,6 +42,7 @@ class World(NamedTuple):
 def pick(device:str) -> torch.device:
     "'auto': the GPU of this process, if there is one; ValueError for a device that is not here."
     local = int(os.environ.get('LOCAL_RANK', 0))
+    if not isinstance(device, (str, torch.device)): raise ValueError(f"device: {device!r} came, must be 'auto', 'cpu', 'cuda' or 'mps'")
     if device == 'auto': device = 'cuda' if torch.cuda.is_available() else 'cpu'
     if device == 'cuda':
         if (have := torch.cuda.device_count()) <= local: raise ValueError(f'device: process {local} of this machine wants a GPU of its own, and there are {have}; start torchrun with --nproc-per-node {max(have, 1)}')
@@ -56,6 +57,7 @@ def join(device:str='auto', sharded:bool=False, # a group is made for one proces
          minutes:float=30.) -> World:         # how long a process waits for the others before it gives up
     "Meet the other processes that torchrun started; alone, there is nobody to meet."
     from datetime import timedelta
+    check_choice('sharded', sharded, (True, False)); check_number('minutes', minutes, 0, above=True)
     rank, size, device = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1)), pick(device)
     if device.type == 'cuda': torch.cuda.set_device(device)
     if (size > 1 or sharded) and not dist.is_initialized():
@@ -135,7 +137,7 @@ class Stop:
     def quiet(self) -> None:
         for s, handler in self.before.items(): signal.signal(s, handler)
 
-# %% ../nbs/15_scale.ipynb #82044ad9
+# %% ../nbs/15_scale.ipynb #a75d0f1f
 class Parallel(Alone):
     "A step of `fit` by many processes, in one or several micro-batches; parameters whole in each, or sharded by FSDP2."
     keeps = False                        # checkpoints do it
@@ -146,6 +148,7 @@ class Parallel(Alone):
                  due=lambda k: False,    # step -> is a report wanted, for a checkpoint?
                  stop:Stop=None,
                  restore=None):          # callable (flow, objective, opt, ema): puts back what was saved
+        if not isinstance(world, World): raise ValueError(f'world: a {type(world).__name__} came, must be what join() gave')
         check_whole('accumulate', accumulate); check_whole('done', done, 0); check_whole('seed', seed, 0)
         self.world, self.accumulate, self.done, self.seed, self.due, self.stop, self.restore, self.stopping = world, accumulate, done, seed, due, stop, restore, False
 
@@ -208,12 +211,16 @@ def shard(model:nn.Module, world:World, learned=()) -> nn.Module: # learned: mod
     for block in flow_of(model).blocks: register_fsdp_forward_method(block, 'params')           # alignment calls it, past `forward`
     return model
 
-# %% ../nbs/15_scale.ipynb #e0664538
+# %% ../nbs/15_scale.ipynb #b64b3419
 RECOMPUTING, COMPILED = {}, {}           # class of a layer -> its other class; one for all layers of a kind, or each would be compiled anew
+
+def check_layer(layer) -> None:
+    if not isinstance(layer, nn.Module): raise ValueError(f'layer: a {type(layer).__name__} came, must be a module')
 
 def recomputing(layer:nn.Module) -> nn.Module:
     "The layer keeps its input alone and runs once more in the backward pass: less memory, one forward pass more."
     from torch.utils.checkpoint import checkpoint
+    check_layer(layer)
     kind = type(layer)
     def forward(self, *args, **kw):
         if not torch.is_grad_enabled(): return kind.forward(self, *args, **kw)
@@ -223,6 +230,7 @@ def recomputing(layer:nn.Module) -> nn.Module:
 
 def compiling(layer:nn.Module) -> nn.Module:
     "The layer's forward by torch.compile."
+    check_layer(layer)
     import torch._functorch.config
     torch._functorch.config._config['donated_buffer'].default = False # the shared reverse pass uses a graph twice; for all threads, since on a GPU the backward pass has its own
     kind = type(layer)
@@ -273,15 +281,15 @@ def other_looks(was:dict, now:dict) -> bool:
     both = [(a, b) for k in was.keys() & now.keys() for a, b in zip(was[k], now[k]) if a is not None and b is not None]
     return 2 * sum(abs(a - b) > .01 * max(1, abs(a)) for a, b in both) > len(both)
 
-# %% ../nbs/15_scale.ipynb #c3fe35de
+# %% ../nbs/15_scale.ipynb #ff3dab1a
 class Training:
     "One run of one configuration: what `train` puts together."
     def __init__(self, c:Config, run:Run, world:World, stop:Stop, data, every:int, save_every:int, keep:int, sample_every:int, fid_every:int, judge):
         self.c, self.run, self.world, self.stop, self.judge = c, run, world, stop, judge
         self.every, self.save_every, self.keep, self.sample_every, self.fid_every = every, save_every, keep, sample_every, fid_every
         self.recipe = build(c, world.device)
-        if data is None: data = open_data(c, folder=c.data.latents or run.folder/'latents', part=(world.rank, world.size), vae=self.recipe.vae, device=world.device)
-        self.data, self.sharded, self.card, self.changed = check_data(c, data), c.system.parallel == 'fsdp', None, {}
+        if data is None: data = check_data(c, open_data(c, folder=c.data.latents or run.folder/'latents', part=(world.rank, world.size), vae=self.recipe.vae, device=world.device))
+        self.data, self.sharded, self.card, self.changed = data, c.system.parallel == 'fsdp', None, {}
         told = run.every(lambda: told_of(self.data) if world.rank == 0 else None)[0]
         self.meta = {'config': to_dict(c), 'data': told, 'world': world.size, 'torch': str(torch.__version__), 'flowbook': __version__}
 
@@ -415,7 +423,7 @@ class Training:
         if self.card is None: self.card = card_of(self.c, self.data)
         save_model(self.recipe, shown, self.run.folder/'model', {**self.card, 'steps': k})
 
-# %% ../nbs/15_scale.ipynb #6b5b608b
+# %% ../nbs/15_scale.ipynb #3b91cf67
 def train(c:Config,                      # of `find_config`, perhaps overridden
           out,                           # the run's folder: checkpoints, log.jsonl, model, samples
           *, device:str='auto', every:int=10, # report every so many steps
@@ -428,6 +436,11 @@ def train(c:Config,                      # of `find_config`, perhaps overridden
           console=print, tensorboard:bool=True) -> Outcome:
     "Train a configuration on all processes that torchrun started, or on one: the same code. Called again, it goes on."
     for name, v, least in (('every', every, 1), ('save_every', save_every, 1), ('keep', keep, 2), ('sample_every', sample_every, 0), ('fid_every', fid_every, 0)): check_whole(name, v, least)
+    for name, v in (('resume', resume), ('tensorboard', tensorboard)): check_choice(name, v, (True, False))
+    if fid_n is not None: check_whole('fid_n', fid_n, 2)
+    if console is not None and not callable(console): raise ValueError(f'console: a {type(console).__name__} came, must be a callable that takes a line of text, or None')
+    check_config(c); check_path('out', out)
+    if data is not None: check_data(c, data)                                     # before a folder is made
     mine, world = not dist.is_initialized(), join(device, c.system.parallel == 'fsdp')
     if c.optim.batch_size % (world.size * c.system.accumulate): raise ValueError(f'optim.batch_size: {c.optim.batch_size} is not to be divided among {world.size} processes and {c.system.accumulate} micro-batches; take a multiple of {world.size * c.system.accumulate}')
     stop = Stop(world)
