@@ -148,6 +148,7 @@ def tiny(*more, steps=8, name='digits-rrepa-64'):
 def quick(c, out, **kw): return train(c, out, **{**dict(every=1, save_every=1, keep=100, device='cpu', console=None, data=few(), tensorboard=False), **kw})
 
 
+@pytest.mark.fault('processes', 'a run ends after any of its steps and is started again', 'weights, average and optimiser end with the same bits; nothing to do')
 @pytest.mark.parametrize('workers', [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_going_on_is_bitwise_at_every_step(tmp_path, workers):
     "40 samples, batches of 16: steps 3 and 5 and 8 straddle or end epochs. Average, optimiser, schedule, noise, flips and dropped labels are all in what is compared."
@@ -173,6 +174,7 @@ def test_a_run_that_is_done_stays_as_it_is(tmp_path):
     assert quick(c, tmp_path/'a').state == 'done' and equal(before, tensors(tmp_path/'a', 3)) and (tmp_path/'a'/'model'/'model.safetensors').exists()
 
 
+@pytest.mark.fault('processes', 'a run of one process gets SIGTERM between two saves', 'it saves at that step; gone on with, it ends with the bits of a run that was not stopped; start again')
 def test_told_to_stop_it_saves_at_that_step_and_goes_on(tmp_path):
     c = tiny()
     quick(c, tmp_path/'whole', save_every=100)
@@ -263,6 +265,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path, tried):
     assert quick(c, tmp_path, console=second).state == 'done'
 
 
+@pytest.mark.fault('arguments', 'a training is asked for what cannot be, at the door', 'refused, with the argument; no folder is made')
 def test_mistakes_are_said_before_anything_is_made(tmp_path, monkeypatch):
     c = tiny(steps=2)
     for wrong in (dict(every=0), dict(save_every=0), dict(keep=1), dict(sample_every=-1), dict(fid_every=.5)):
@@ -272,6 +275,7 @@ def test_mistakes_are_said_before_anything_is_made(tmp_path, monkeypatch):
     assert not (tmp_path/'a').exists()
 
 
+@pytest.mark.fault('data', 'a pixel of one sample is NaN or infinite', 'training stops with the weights of before, and the error names the sample: mend or remove it, then go on')
 def test_a_loss_that_is_no_number_names_the_step_and_the_checkpoint(tmp_path, monkeypatch):
     real = scale.build
     def poisoned(*a, **k):
@@ -412,6 +416,7 @@ def gone(pids, seconds=40):
     return False
 
 
+@pytest.mark.fault('processes', 'one of two training processes is killed by SIGKILL', 'the other ends within a minute; restarted, by torchrun or by hand, the run ends with the bits of one that was never killed')
 @pytest.mark.slow
 def test_a_killed_worker_ends_the_job_and_a_restart_goes_on_to_the_same_bits(tmp_path, script):
     assert finished(script(tmp_path/'whole'))[0] == 0
@@ -424,6 +429,7 @@ def test_a_killed_worker_ends_the_job_and_a_restart_goes_on_to_the_same_bits(tmp
     assert script(tmp_path/'dead', n=1).wait(120) == 0 and Run(tmp_path/'dead', write=False).steps()[-1] == 8   # and one process can finish it
 
 
+@pytest.mark.fault('processes', 'the launcher of two processes gets SIGTERM or SIGUSR1', 'all processes save at the same step and leave; requeue')
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGUSR1'])
 def test_signals_to_the_launcher_save_and_leave(tmp_path, script, name):
@@ -439,6 +445,7 @@ def test_signals_to_the_launcher_save_and_leave(tmp_path, script, name):
     assert log[-1]['event'] == 'stopped' and log[-1]['step'] == steps[-1]
 
 
+@pytest.mark.fault('processes', 'a run of one process gets SIGUSR1', 'it saves and leaves with status 75; requeue')
 @pytest.mark.slow
 def test_one_process_leaves_with_a_status_of_its_own(tmp_path, script):
     p = script(tmp_path/'out', 0, 4000, SLOW='0.02')
@@ -458,6 +465,7 @@ def test_a_run_whose_process_was_killed_is_gone_on_with(tmp_path, script):
     assert quick(tiny(steps=4000), tmp_path/'out', console=stop).state == 'stopped'
 
 
+@pytest.mark.fault('processes', 'the launcher is killed by SIGKILL', 'its processes notice at their next step, save and leave: no orphan holds a GPU; start again')
 @pytest.mark.slow
 def test_a_killed_launcher_leaves_nobody_behind(tmp_path, script):
     p = script(tmp_path/'out', steps=100_000, SLOW='0.02')
@@ -469,6 +477,7 @@ def test_a_killed_launcher_leaves_nobody_behind(tmp_path, script):
     assert steps and not problems(tmp_path/'out'/'checkpoints'/f'step-{steps[-1]:08d}')
 
 
+@pytest.mark.fault('configuration', 'a checkpoint is gone on with in another number of processes', 'it goes on, whole or sharded, and computes what one process computes; nothing to do')
 @pytest.mark.slow
 def test_one_checkpoint_goes_on_in_any_number_of_processes(tmp_path):
     "2 -> 1 -> 4 processes, whole and sharded, in float64: what one process computes alone."
