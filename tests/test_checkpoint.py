@@ -224,7 +224,7 @@ def folder(path): path.unlink(); path.mkdir()
 @pytest.mark.parametrize('verify', ['full', 'sizes'])
 @pytest.mark.parametrize('file', FILES)
 @pytest.mark.parametrize('fault', [cut, empty, longer, gone, one_bit, folder])
-def test_a_damaged_file_is_named_and_the_next_checkpoint_taken(tmp_path, fault, file, verify):
+def test_a_damaged_file_is_named_and_the_next_checkpoint_taken(tmp_path, fault, file, verify, tried):
     three(tmp_path)
     path = tmp_path/'checkpoints'/'step-00000003'
     fault(path/file)
@@ -234,16 +234,18 @@ def test_a_damaged_file_is_named_and_the_next_checkpoint_taken(tmp_path, fault, 
     if fault in (cut, empty, longer) and file != 'manifest.json': assert 'bytes instead of' in problems(path, verify)[file]
     step, (said,) = newest(tmp_path, verify=verify)
     assert step == 2 and f'step-00000003/{file}' in said and 'Step 2 is taken instead' in said
+    tried(said=said)
 
 
 @pytest.mark.fault('disk', 'one bit flips in each byte of a manifest, of the settings and of a header', 'each is noticed before anything is believed; nothing to do')
-def test_every_bit_of_the_small_files_and_of_a_header_matters(tmp_path):
+def test_every_bit_of_the_small_files_and_of_a_header_matters(tmp_path, tried):
+    flips = 0
     with Run(tmp_path) as run: path = save(run, 1, {'a': torch.arange(4.), 'b': torch.ones(2, 3).half()}, {'lr': 1e-3})
     for file in FILES:
         content = (path/file).read_bytes()
         end = 8 + int.from_bytes(content[:8], 'little') if file.endswith('tensors') else len(content)
         for k in range(end):
-            flip(path/file, k, k % 8)
+            flip(path/file, k, k % 8); flips += 1
             assert problems(path), f'bit {k % 8} of byte {k} of {file} was flipped, unseen'
             if file.endswith('tensors'):                                # a header is read, not hashed, where sizes are enough
                 if not problems(path, 'sizes'):
@@ -252,6 +254,7 @@ def test_every_bit_of_the_small_files_and_of_a_header_matters(tmp_path):
                     assert torch.equal(into['a'], torch.arange(4.)) and torch.equal(into['b'], torch.ones(2, 3).half()), f'byte {k} of the header was changed, and the tensors with it'
             (path/file).write_bytes(content)
     assert not problems(path)
+    tried(times=flips)
 
 
 @pytest.mark.fault('disk', 'a file of a checkpoint has the right size and other tensors in it', 'the header does not agree with the manifest, even where no hash is computed; the checkpoint before is taken')
@@ -265,7 +268,7 @@ def test_a_file_of_the_right_size_that_holds_something_else(tmp_path):
 
 
 @pytest.mark.fault('malice', 'a pickle that runs a command lies in place of each file of a checkpoint', 'it is not run: no file is unpickled; the checkpoint before is taken')
-def test_a_pickle_in_place_of_a_file_is_not_run(tmp_path):
+def test_a_pickle_in_place_of_a_file_is_not_run(tmp_path, tried):
     three(tmp_path)
     class Evil:
         def __reduce__(self): return (Path.touch, (tmp_path/'it ran',))
@@ -281,6 +284,7 @@ def test_a_pickle_in_place_of_a_file_is_not_run(tmp_path):
     (tmp_path/'lock').write_bytes(pickle.dumps(Evil()))
     Run(tmp_path).close()
     assert not (tmp_path/'it ran').exists()
+    tried(times=len(FILES) + 3)
 
 
 @pytest.mark.fault('malice', 'a foreign file of tensors is put into a checkpoint', 'it is not read: only files of the signed manifest are')
@@ -293,11 +297,12 @@ def test_safetensors_that_do_not_belong_there_are_not_read(tmp_path):
 
 
 @pytest.mark.fault('disk', 'all checkpoints of a run are damaged', 'loading stops and names what is wrong with each: restore one from a copy, or start again in another folder')
-def test_none_intact_is_an_error_that_names_all(tmp_path):
+def test_none_intact_is_an_error_that_names_all(tmp_path, tried):
     three(tmp_path)
     for k, fault in zip((1, 2, 3), (gone, cut, one_bit)): fault(tmp_path/'checkpoints'/f'step-0000000{k}'/FILES[2])
     with pytest.raises(CheckpointError) as e: newest(tmp_path)
     for k in (1, 2, 3): assert f'step-0000000{k}/{FILES[2]}' in str(e.value)
+    tried(said=e.value)
     with Run(tmp_path) as run, pytest.raises(CheckpointError, match='step-00000002'): load(run, blank(small(0)), step=2)
     assert run.newest() is None and run.steps() == [1, 2, 3]
 
@@ -438,7 +443,7 @@ def kill(pid):
 
 
 @pytest.mark.fault('processes', 'SIGKILL at random moments of writing checkpoints', 'the newest whole checkpoint is loaded, half ones are cleared away; start again')
-def test_sigkill_at_random_moments_of_a_write(tmp_path):
+def test_sigkill_at_random_moments_of_a_write(tmp_path, tried):
     rng, at = random.Random(0), set()
     def train():
         with Run(tmp_path) as run:
@@ -457,6 +462,7 @@ def test_sigkill_at_random_moments_of_a_write(tmp_path):
         later = Run(tmp_path); later.close()                              # the lock is free; what was left is cleared away
         assert all(n.startswith(('step', 'latest')) for n in names(run)) and later.latest() == later.steps()[-1] == step
     assert step > 20 and 'being-written' in at, 'no kill hit a write'
+    tried(times=20)
 
 
 @pytest.mark.fault('processes', 'a run is killed while its workers live on', 'the system frees the lock; the folder can be used at once; start again')
@@ -641,13 +647,14 @@ def tmpfs(path, size):
 @pytest.mark.fault('disk', 'the disk is full while a checkpoint is written', 'the save fails and says so with the bytes that are free; older checkpoints are as they were: free some space, start again')
 @pytest.mark.slow
 @pytest.mark.parametrize('asynchronous', [False, True])
-def test_a_full_disk(tmp_path, asynchronous):
+def test_a_full_disk(tmp_path, asynchronous, tried):
     big = lambda step: {'w': torch.full((300_000,), float(step)), 'n': torch.tensor(step)}       # 1.2 MB
     with tmpfs(tmp_path/'disk', '4m') as disk, Run(disk/'run') as run:
         for step in (1, 2): save(run, step, big(step), {'step': step})
         (disk/'other').write_bytes(bytes(10**6))
-        with pytest.raises(CheckpointError, match=r'step 3 .*No space left.*free some space.*MB are free; as they were: steps 1, 2, latest 2'):
+        with pytest.raises(CheckpointError, match=r'step 3 .*No space left.*free some space.*MB are free; as they were: steps 1, 2, latest 2') as e:
             save(run, 3, big(3), {'step': 3}, asynchronous=asynchronous); run.wait()
+        tried(said=e.value)
         assert names(run) == ['latest', 'step-00000001', 'step-00000002'] and not problems(run.path(2))
         load(run, into := blank(big(0))); assert same(into, big(2))
         (disk/'other').unlink()
@@ -662,14 +669,15 @@ def test_a_full_disk(tmp_path, asynchronous):
 
 @pytest.mark.fault('disk', 'the disk has become read-only', 'a run is refused with that word; loading still works: have it mounted for writing, or take another folder')
 @pytest.mark.slow
-def test_a_read_only_disk(tmp_path):
+def test_a_read_only_disk(tmp_path, tried):
     with tmpfs(tmp_path/'disk', '4m') as disk:
         three(disk/'run')
         with Run(disk/'run') as run:
             load(run, blank(small(0)))
         subprocess.run(['mount', '-o', 'remount,ro', str(disk)], check=True)
         with pytest.raises(CheckpointError, match='read-only'): Run(disk/'run')
-        with pytest.raises(CheckpointError, match='read-only'): Run(disk/'new')
+        with pytest.raises(CheckpointError, match='read-only') as e: Run(disk/'new')
+        tried(times=2, said=e.value)
         assert newest(disk/'run') == (3, [])
 
 
@@ -831,6 +839,26 @@ def work_killed(rank, world, port, folder, gate):
         raises(CheckpointError, 'step 2 could not be written.*latest 1', save, run, 2, small(2))
         assert time.monotonic() - began < 30, 'the others waited for the dead'
         Path(f'{folder}/heard-{rank}').write_text('')
+
+
+def work_many(rank, world, port, folder, rounds):
+    "What a process holds after one run and after many: threads, open files. And a closed run is closed."
+    count = lambda: (len(os.listdir('/proc/self/task')), len(os.listdir('/proc/self/fd')))
+    with joined(rank, world, port):
+        for k in range(rounds):
+            with Run(f'{folder}/{k}') as run: save(run, 1, small(1), asynchronous=True)
+            if k % 3 == 0: raises(CheckpointError, 'in the way', Run, f'{folder}/0/lock')                 # a mistake leaves nothing, either
+            if k == 0: first = count()
+        raises(ValueError, 'is closed', load, run, small(1))
+        last = count()
+        assert all(b <= a + 1 for a, b in zip(first, last)), f'{first} threads and open files after one run, {last} after {rounds}'
+
+
+@pytest.mark.slow
+@pytest.mark.fault('time', 'two processes open and close dozens of runs, one after the other', 'threads and open files stay as many as after the first')
+def test_runs_leave_no_threads_and_files_behind(tmp_path, tried):
+    launch(work_many, 2, tmp_path, 25)
+    tried(times=25)
 
 
 @pytest.mark.fault('processes', 'one of two processes is killed in the middle of writing a checkpoint', 'the other stops within the step; the checkpoint before is whole; start again')

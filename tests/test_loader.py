@@ -269,13 +269,14 @@ def test_a_bad_substitute_is_passed_over_and_counted_once(folder, caplog):
 
 @pytest.mark.fault('data', 'more files are bad than a run should bear', 'the run stops with the first of their names: look at the disk, or allow more')
 @pytest.mark.parametrize('workers', [0, 2])
-def test_too_many_bad_files_stop_the_run(folder, workers):
+def test_too_many_bad_files_stop_the_run(folder, workers, tried):
     for i in range(20):
         spoil(folder, i, 'vanished')
     feed = loader(folder, 8, workers=workers, floor=5)
     with pytest.raises(TooManyBadSamples, match=r'of \d+ samples could not be read, 5 are allowed') as e:
         for _ in range(5):
             next(feed)
+    tried(said=e.value)
     assert len(e.value.errors) == e.value.bad > 5 and str(folder.paths[e.value.errors[0].index]) in str(e.value)
     with pytest.raises(StopIteration):
         next(feed)
@@ -295,13 +296,14 @@ def test_the_share_counts_when_the_floor_is_passed(folder):
 
 
 @pytest.mark.fault('disk', 'the disk with the images is gone', 'the run stops at the first batch that cannot be read, with the reason; go on when it is back')
-def test_a_disk_that_is_gone_stops_the_run_at_once(folder):
+def test_a_disk_that_is_gone_stops_the_run_at_once(folder, tried):
     for p in folder.paths:
         p.unlink()
     feed = loader(folder, 8, workers=2, floor=10**6, tolerance=1.)
     began = time.perf_counter()
-    with pytest.raises(TooManyBadSamples, match='FileNotFoundError'):
+    with pytest.raises(TooManyBadSamples, match='FileNotFoundError') as e:
         next(feed)
+    tried(said=e.value)
     assert time.perf_counter() - began < 30
 
 
@@ -414,12 +416,13 @@ def gone(pids, seconds=5.):
 @pytest.mark.fault('processes', 'a process that reads data is killed, or leaves', 'the trainer stops with the sample it was at and the likely reason (mostly memory): fewer workers; go on')
 @linux
 @pytest.mark.parametrize('what, words', [('kill', 'was killed by SIGKILL at sample'), ('leave', 'ended with status 3 at sample')])
-def test_a_worker_that_dies_ends_the_run(what, words):
+def test_a_worker_that_dies_ends_the_run(what, words, tried):
     feed = loader(small(), 6, transforms=[Accident(what)], workers=2)
     pids, began = workers_of(feed), time.perf_counter()
-    with pytest.raises(WorkerDied, match=words):
+    with pytest.raises(WorkerDied, match=words) as e:
         for _ in range(20):
             next(feed)
+    tried(said=e.value)
     assert time.perf_counter() - began < 40 and gone(pids)
     with pytest.raises(StopIteration):
         next(feed)

@@ -150,7 +150,7 @@ def quick(c, out, **kw): return train(c, out, **{**dict(every=1, save_every=1, k
 
 @pytest.mark.fault('processes', 'a run ends after any of its steps and is started again', 'weights, average and optimiser end with the same bits; nothing to do')
 @pytest.mark.parametrize('workers', [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_going_on_is_bitwise_at_every_step(tmp_path, workers):
+def test_going_on_is_bitwise_at_every_step(tmp_path, workers, tried):
     "40 samples, batches of 16: steps 3 and 5 and 8 straddle or end epochs. Average, optimiser, schedule, noise, flips and dropped labels are all in what is compared."
     c = tiny(f'system.workers={workers}', 'optim.ema=0.9')
     quick(c, tmp_path/'whole')
@@ -161,6 +161,7 @@ def test_going_on_is_bitwise_at_every_step(tmp_path, workers):
         shutil.copytree(tmp_path/'whole'/'checkpoints'/f'step-{k:08d}', to/'checkpoints'/f'step-{k:08d}')
         assert quick(c, to, save_every=100) == scale.Outcome('done', 8, to/'model')
         assert equal(tensors(to, 8), want), f'from step {k}'
+    tried(times=7)
     lines = {l['step']: l for l in map(json.loads, (tmp_path/'whole'/'log.jsonl').read_text().splitlines()) if 'loss' in l}
     again = {l['step']: l for l in map(json.loads, (tmp_path/'from-3'/'log.jsonl').read_text().splitlines()) if 'loss' in l}
     assert sorted(again) == [4, 5, 6, 7, 8] and all(again[k][w] == lines[k][w] for k in again for w in ('loss', 'grad_norm', 'lr', 'align'))
