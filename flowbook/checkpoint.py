@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'FORMAT', 'LOCKS', 'STEP', 'BEING_WRITTEN', 'BEING_REMOVED', 'ASIDE', 'STATE', 'CheckpointError',
-           'flush_folder', 'write_flushed', 'sha256_of', 'few', 'check_tensors', 'cannot_keep', 'check_json', 'Row',
-           'Piece', 'box', 'stage', 'share_out', 'parts_of', 'in_blocks', 'write_part', 'is_grid', 'canonical',
-           'hashed', 'layout', 'TheseFiles', 'Reader', 'read_rows', 'read_manifest', 'tensor_files', 'problems',
-           'file_problem', 'headers_problem', 'leave_locks', 'now', 'Lock', 'Run', 'raise_as', 'Writing', 'open_folder',
-           'point', 'advice', 'save', 'check_save', 'write_checkpoint', 'write_pieces', 'not_written', 'publish',
-           'prune', 'load', 'told', 'attempt', 'fitting', 'read_into', 'set_aside', 'pack', 'make_state', 'weights']
+           'check_path', 'flush_folder', 'write_flushed', 'sha256_of', 'few', 'check_tensors', 'cannot_keep',
+           'check_json', 'Row', 'Piece', 'box', 'stage', 'share_out', 'parts_of', 'in_blocks', 'write_part', 'is_grid',
+           'canonical', 'hashed', 'layout', 'TheseFiles', 'Reader', 'read_rows', 'read_manifest', 'tensor_files',
+           'problems', 'file_problem', 'headers_problem', 'leave_locks', 'now', 'Lock', 'Run', 'raise_as', 'Writing',
+           'open_folder', 'point', 'advice', 'save', 'check_run', 'check_save', 'write_checkpoint', 'write_pieces',
+           'not_written', 'publish', 'prune', 'load', 'told', 'attempt', 'fitting', 'read_into', 'set_aside', 'pack',
+           'make_state', 'weights']
 
-# %% ../nbs/15_checkpoint.ipynb #d36b7945
+# %% ../nbs/15_checkpoint.ipynb #cb060246
 import contextlib, errno, hashlib, json, math, os, shutil, socket, re, threading, time, warnings, weakref
 from datetime import timedelta
 from pathlib import Path
@@ -23,13 +24,19 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from .data import check_choice, check_number, check_whole
 
 # %% ../nbs/15_checkpoint.ipynb #8f00105a
 # Axis legend of this module: tensors have any shape; a piece is the box of a tensor that one rank holds, at an offset.
 
-# %% ../nbs/15_checkpoint.ipynb #32abca7e
+# %% ../nbs/15_checkpoint.ipynb #87d08546
 class CheckpointError(RuntimeError):
     "A checkpoint could not be written or read, or its folder is in use; the message says what to do."
+
+def check_path(name:str, v) -> Path:
+    "ValueError for what is no path."
+    if isinstance(v, (str, os.PathLike)) and str(v): return Path(v)
+    raise ValueError(f'{name}: {v!r} came, must be a path')
 
 def flush_folder(path) -> None:
     "Wait until the names in a folder are on the disk."
@@ -245,13 +252,14 @@ def read_manifest(folder) -> dict:
 
 def tensor_files(manifest:dict) -> list: return [n for n in sorted(manifest['files']) if n.endswith('.safetensors')]
 
-# %% ../nbs/15_checkpoint.ipynb #41e90388
+# %% ../nbs/15_checkpoint.ipynb #6df2bf41
 def problems(folder,                 # of one checkpoint
              verify:str='full',      # 'sizes': of the large files only sizes and headers are looked at
              part:tuple=(0, 1),      # (rank, world): ranks share the files among them
             ) -> dict:               # {file: what is wrong with it}, empty where all is well
     "What is wrong with a checkpoint."
-    if verify not in ('full', 'sizes'): raise ValueError(f"verify: {verify!r}; choose 'full' or 'sizes'")
+    folder = check_path('folder', folder)
+    check_choice('verify', verify, ('full', 'sizes'))
     try: manifest = read_manifest(folder)
     except CheckpointError as e: return {'manifest.json': str(e)}
     mine = sorted(manifest['files'])[part[0]::part[1]]
@@ -316,7 +324,7 @@ class Lock:
         with contextlib.suppress(OSError): self.file.truncate(0)
         self.file.close()                                                     # and with it the lock
 
-# %% ../nbs/15_checkpoint.ipynb #8de4bf7d
+# %% ../nbs/15_checkpoint.ipynb #f095766c
 STEP = re.compile(r'step-(\d{8,})')
 BEING_WRITTEN, BEING_REMOVED, ASIDE = 'being-written-', 'being-removed-', 'set-aside-'
 
@@ -325,17 +333,29 @@ class Run:
     def __init__(self, folder,
                  write:bool=True,       # False: look and load only; takes no lock, changes nothing
                  timeout:float=1800):   # seconds until a rank that says nothing counts as dead
-        self.folder, self.write = Path(folder).expanduser(), write
+        self.folder, self.write = check_path('folder', folder).expanduser(), check_choice('write', write, (True, False))
+        check_number('timeout', timeout, 0, above=True)
         self.checkpoints, self.lock, self.writing = self.folder/'checkpoints', None, None
         self.at = None                  # the step that was last saved or loaded
         joined = dist.is_available() and dist.is_initialized()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
         new_group = lambda: dist.new_group(backend='gloo', timeout=timedelta(seconds=timeout))
         self.groups = [new_group(), new_group()] if self.world > 1 else None
-        self.every(lambda: self.rank == 0 and write and open_folder(self))
+        try: self.every(lambda: self.rank == 0 and write and open_folder(self))
+        except Exception: self.part(); raise                                  # of one rank, and so of all
 
     @property
-    def group(self): return self.groups and self.groups[isinstance(threading.current_thread(), Writing)]
+    def group(self):
+        if self.world > 1 and self.groups is None: raise ValueError(f'run: {self.folder} is closed; make another Run')
+        return self.groups and self.groups[isinstance(threading.current_thread(), Writing)]
+
+    def part(self) -> None:
+        "Give up the groups, when all ranks have come here: else threads and sockets of every run that a process has had would pile up."
+        groups, self.groups = self.groups, None
+        try:
+            for g in groups or (): dist.monitored_barrier(g, timedelta(seconds=60))
+        except RuntimeError: return                                           # a rank is gone: who closes what it waits for can take it down
+        for g in groups or (): dist.destroy_process_group(g)
 
     def every(self, f) -> list:
         "What f() gives on each rank; where it raises on one rank, it raises on all."
@@ -388,18 +408,19 @@ class Run:
         writing, self.writing = self.writing, None
         if writing is not None: writing.result()
 
-    def close(self) -> None:
-        "Wait, and free the lock."
+    def close(self, together:bool=True) -> None: # False: this rank alone, after an error; it waits for nobody
+        "Wait for what is being written, free the lock, part from the other ranks."
         try: self.wait()
         finally:
             if self.lock is not None: self.lock.release()
             self.lock, self.write = None, False
+        if together: self.part()
 
     def __enter__(self): return self
 
     def __exit__(self, kind, error, trace):
         if kind is None: return self.close()
-        try: self.close()
+        try: self.close(together=False)
         except Exception as e: warnings.warn(f'{type(e).__name__}: {e}')      # the error that is under way is the one to be heard
 
     def __repr__(self):
@@ -426,7 +447,7 @@ class Writing(threading.Thread):
         self.join()
         if self.error is not None: raise self.error
 
-# %% ../nbs/15_checkpoint.ipynb #995fb5c7
+# %% ../nbs/15_checkpoint.ipynb #368354ac
 def open_folder(run:Run) -> None:
     "Rank 0: make the folder, lock it, clear away what dead runs left."
     try:
@@ -436,7 +457,7 @@ def open_folder(run:Run) -> None:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         if (steps := run.steps()) and run.latest() != steps[-1]: point(run, steps[-1])
     except OSError as e:
-        run.close()
+        run.close(together=False)
         raise CheckpointError(f'{run.folder} cannot be used for a run ({e.strerror}: {e.filename}). {advice(e)}') from e
 
 def point(run:Run, step:int) -> None:
@@ -454,7 +475,7 @@ def advice(e:BaseException) -> str:
     if number in (errno.ENOTDIR, errno.EEXIST): return 'A file is in the way of a folder: give another folder'
     return 'Look at the disk and the network it hangs on, or give another folder'
 
-# %% ../nbs/15_checkpoint.ipynb #edbc8b70
+# %% ../nbs/15_checkpoint.ipynb #d71356de
 def save(run:Run, step:int,
          tensors:dict,                  # {name: tensor or DTensor}, the same names on all ranks
          meta:dict|None=None,           # JSON: everything that is not a tensor
@@ -463,9 +484,10 @@ def save(run:Run, step:int,
          asynchronous:bool=False,       # return when the tensors are copied; write while the training goes on
         ) -> Path:                      # of the checkpoint, also while it is still being written
     "Write a checkpoint, whole or not at all. All ranks call it together; the step that the run is at is not written again."
-    run.wait()
+    check_run(run).wait()
     meta = {} if meta is None else meta
     def door():
+        check_choice('asynchronous', asynchronous, (True, False))
         check_save(run, step, tensors, meta, keep, forever)
         table = [[k, str(t.dtype), list(t.shape)] for k, t in sorted(tensors.items())]
         return {'step': step, 'meta': hashed(meta), 'tensors': hashed(table), 'keep': keep, 'forever': forever, 'asynchronous': asynchronous}
@@ -480,13 +502,17 @@ def save(run:Run, step:int,
     else: job()
     return run.path(step)
 
-# %% ../nbs/15_checkpoint.ipynb #68e0613a
+# %% ../nbs/15_checkpoint.ipynb #92af0393
+def check_run(run) -> Run:
+    if not isinstance(run, Run): raise ValueError(f'run: a {type(run).__name__} came, must be a Run(folder)')
+    return run
+
 def check_save(run, step, tensors, meta, keep, forever) -> None:
     "ValueError for arguments that `save` cannot work with."
     if not run.write: raise ValueError(f'run: {run.folder} was opened for reading, or is closed; make a Run(folder) to write')
-    if not isinstance(step, int) or isinstance(step, bool) or step < 0: raise ValueError(f'step: {step!r}; the number of steps done, 0 or more')
-    if not isinstance(keep, int) or keep < 2: raise ValueError(f'keep: {keep!r}; keep 2 or more, for the newest may turn out to be damaged')
-    if not isinstance(forever, int) or forever < 0: raise ValueError(f'forever: {forever!r}; keep every so many steps for ever, or 0')
+    check_whole('step', step, 0, what='the number of steps done, 0 or more')
+    check_whole('keep', keep, 2, what='2 or more, for the newest may turn out to be damaged')
+    check_whole('forever', forever, 0, what='a whole number: every so many steps are kept for ever; or 0')
     if not isinstance(meta, dict): raise ValueError(f'meta: a {type(meta).__name__} came; give a dictionary')
     check_json(meta); check_tensors(tensors)
     newest = max(run.steps(), default=None) if run.rank == 0 else run.at
@@ -546,7 +572,7 @@ def prune(run:Run, keep:int, forever:int) -> None:
         try: os.rename(run.path(step), gone := run.checkpoints/f'{BEING_REMOVED}{run.path(step).name}'); shutil.rmtree(gone)
         except OSError as e: warnings.warn(f'the checkpoint of step {step} could not be removed ({e})')
 
-# %% ../nbs/15_checkpoint.ipynb #864a62c9
+# %% ../nbs/15_checkpoint.ipynb #c8f5c34d
 def load(run:Run,
          into,                          # {name: tensor or DTensor}, filled in place; or a function from the saved names to such a dictionary
          *, step:int|None=None,         # this one and no other; by default the newest intact one
@@ -554,8 +580,9 @@ def load(run:Run,
          strict:bool=True,              # False: the checkpoint may hold more than `into`, never less
         ) -> tuple:                     # (step, meta)
     "Read the newest intact checkpoint, at any number of ranks; a warning names what is damaged and what is taken. All ranks call it together."
-    run.wait()
-    if verify not in ('full', 'sizes'): raise ValueError(f"verify: {verify!r}; choose 'full' or 'sizes'")
+    check_run(run).wait()
+    check_choice('verify', verify, ('full', 'sizes')); check_choice('strict', strict, (True, False))
+    if step is not None: check_whole('step', step, 0)
     listed = lambda: run.every(lambda: run.steps() if run.rank == 0 else None)[0]        # rank 0 decides
     steps, bad = listed(), {}
     tries = [s for s in reversed(steps) if step in (None, s)]
@@ -623,7 +650,7 @@ def set_aside(run:Run, step:int) -> list: # their new names
     if run.latest() != step: point(run, step)
     return moved
 
-# %% ../nbs/15_checkpoint.ipynb #5a48fcdb
+# %% ../nbs/15_checkpoint.ipynb #2331c301
 STATE = ('step', 'exp_avg', 'exp_avg_sq', 'max_exp_avg_sq')                   # what AdamW keeps of a parameter
 
 def pack(flow:nn.Module, objective=None, # if it is a module, its parameters and buffers are saved, too
@@ -631,6 +658,9 @@ def pack(flow:nn.Module, objective=None, # if it is a module, its parameters and
          names=None,                    # those of a checkpoint that is about to be loaded
         ) -> dict:                      # {name: live tensor}
     "All tensors of a training: `flow.*`, `objective.*`, `ema.*`, `opt.step.flow.*`, `opt.exp_avg.flow.*` and so on."
+    if not isinstance(flow, nn.Module): raise ValueError(f'flow: a {type(flow).__name__} came, must be a module')
+    if opt is not None and not hasattr(opt, 'param_groups'): raise ValueError(f'opt: a {type(opt).__name__} came, must be an optimizer')
+    if ema is not None and not isinstance(ema, nn.Module): raise ValueError(f'ema: a {type(ema).__name__} came, must be what ema(flow, decay) gave')
     modules = {part: m for part, m in (('flow', flow), ('objective', objective), ('ema', ema)) if isinstance(m, nn.Module)}
     found = {f'{part}.{k}': v for part, m in modules.items() for k, v in m.state_dict(keep_vars=True).items()}
     called = {p: f'{part}.{n}' for part, m in modules.items() if part != 'ema' for n, p in m.named_parameters()}
@@ -649,10 +679,11 @@ def make_state(opt, group:dict, p:Tensor, keys:list) -> None:
     step = torch.zeros((), dtype=torch.float64 if double else torch.float32, device=p.device if group.get('fused') or group.get('capturable') else 'cpu')
     opt.state[p] = {k: step if k == 'step' else torch.zeros_like(p, requires_grad=False, memory_format=torch.preserve_format) for k in keys}
 
-# %% ../nbs/15_checkpoint.ipynb #fcf21223
+# %% ../nbs/15_checkpoint.ipynb #f0120b5a
 @torch.no_grad()
 def weights(module:nn.Module) -> dict: # {name: whole tensor on the CPU} on rank 0, {} elsewhere
     "The state of a module, sharded or not, for `save_pretrained(state=...)`. All ranks call it together."
+    if not isinstance(module, nn.Module): raise ValueError(f'module: a {type(module).__name__} came, must be a module')
     first, found = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0, {}
     for name, t in module.state_dict().items():
         whole = t.full_tensor() if isinstance(t, DTensor) else t

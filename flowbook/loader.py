@@ -7,18 +7,19 @@ __all__ = ['TRIES', 'log', 'micro_batches', 'check_split', 'joined', 'BadSample'
            'read_one', 'WorkerDied', 'WorkerTraceback', 'sendable', 'Reader', 'as_it_is', 'Begin', 'Line',
            'start_workers', 'stop_workers', 'Loader', 'loader']
 
-# %% ../nbs/15_loader.ipynb #4b28531c
+# %% ../nbs/15_loader.ipynb #0289a156
 import ctypes, itertools, logging, multiprocessing, os, pickle, signal, sys, threading, time, traceback, warnings, weakref
 from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, Subset, get_worker_info
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
-from .data import Batch, Folder, _shuffled, _take, keyed
+from .data import Batch, Folder, _shuffled, _take, check_choice, check_number, check_whole, keyed
+from .train import check_dataset, check_transforms
 
 # %% ../nbs/15_loader.ipynb #8a2564dc
 # Axis legend of this module: b batch, c h w image, n samples of a dataset.
 
-# %% ../nbs/15_loader.ipynb #52d7b6f2
+# %% ../nbs/15_loader.ipynb #e5eb68b7
 def micro_batches(n:int,           # samples
                   batch_size:int,  # of the whole step: over all ranks and micro-batches
                   seed:int=0,
@@ -42,11 +43,12 @@ def micro_batches(n:int,           # samples
 
 def check_split(n, batch_size, seed, start, part, accumulate) -> None:
     "ValueError for a batch that cannot be dealt out."
-    for name, v, low in (('batch_size', batch_size, 1), ('seed', seed, 0), ('start', start, 0), ('accumulate', accumulate, 1)):
-        if isinstance(v, bool) or not isinstance(v, int) or v < low: raise ValueError(f'{name}: {v!r} came, must be an int of at least {low}')
-    if not n: raise ValueError('data: is empty, must have at least one sample')
-    rank, world = part
-    if not 0 <= rank < world: raise ValueError(f'part: {tuple(part)} came, must be (rank, world) with 0 <= rank < world')
+    for name, v, low in (('batch_size', batch_size, 1), ('seed', seed, 0), ('start', start, 0), ('accumulate', accumulate, 1)): check_whole(name, v, low)
+    check_whole('n', n, 0)
+    if not n: raise ValueError('data: is empty (n is 0), must have at least one sample')
+    try: rank, world = (check_whole('part', v, 0) for v in part)
+    except (TypeError, ValueError): rank, world = 0, 0
+    if not 0 <= rank < world: raise ValueError(f'part: {part!r} came, must be (rank, world) with 0 <= rank < world')
     if batch_size % (world * accumulate):
         raise ValueError(f'batch_size: {batch_size} came, must be a multiple of {world * accumulate}, for {world} ranks of {accumulate} micro-batches each')
 
@@ -254,7 +256,7 @@ class Loader:
 
 def _each(batch:Batch, f) -> Batch: return batch._replace(**{k: f(v) for k in ('x', 'y', 'index', 'target') if (v := getattr(batch, k)) is not None})
 
-# %% ../nbs/15_loader.ipynb #c7398512
+# %% ../nbs/15_loader.ipynb #87026dac
 def loader(data,                 # a dataset of (x, y), as `batches` takes it
            batch_size:int,       # of the whole step: over all ranks and micro-batches
            seed:int=0,           # of the order, and of the randomness of the transforms
@@ -270,12 +272,11 @@ def loader(data,                 # a dataset of (x, y), as `batches` takes it
            method:str=None,      # 'fork' or 'spawn'; None: 'fork' on Linux, elsewhere 'spawn'
           ) -> Loader:
     "Batches for a training run: one micro-batch of this rank at a time, every sample exactly once an epoch over all ranks."
+    check_dataset(data)
     check_split(len(data), batch_size, seed, start, part, accumulate)
-    for name, v, low in (('workers', workers, 0), ('prefetch', prefetch, 1), ('floor', floor, 0)):
-        if isinstance(v, bool) or not isinstance(v, int) or v < low: raise ValueError(f'{name}: {v!r} came, must be an int of at least {low}')
-    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 <= tolerance <= 1: raise ValueError(f'tolerance: {tolerance!r} came, must be a share, 0 to 1')
-    if wrong := [t for t in transforms if not callable(t)]: raise ValueError(f'transforms: {wrong[0]!r} came, must be callables Batch -> Batch')
-    method = method or ('fork' if sys.platform == 'linux' else 'spawn')
-    if method not in ('fork', 'spawn'): raise ValueError(f"method: {method!r} came, must be 'fork' or 'spawn'")
+    check_whole('workers', workers, 0); check_whole('prefetch', prefetch); check_whole('floor', floor, 0)
+    check_number('tolerance', tolerance, 0, 1, what='a share, 0 to 1')
+    check_transforms(transforms); check_choice('pin', pin, (True, False, None))
+    method = check_choice('method', ('fork' if sys.platform == 'linux' else 'spawn') if method is None else method, ('fork', 'spawn'))
     pin = torch.cuda.is_available() if pin is None else bool(pin) and torch.cuda.is_available()
     return Loader(data, batch_size, seed, transforms, start, part, accumulate, workers, prefetch, pin, tolerance, floor, method)

@@ -5,33 +5,34 @@
 # %% auto #0
 __all__ = ['JOINS', 'RECOMPUTING', 'COMPILED', 'MAY_DIFFER', 'World', 'pick', 'join', 'leave', 'is_sharded', 'local', 'buckets',
            'in_buckets', 'same_start', 'average_gradients', 'Stop', 'Parallel', 'flow_of', 'units', 'shard',
-           'recomputing', 'compiling', 'layers_of', 'Outcome', 'leaves', 'check_same', 'told_of', 'Training', 'train',
-           'judge_of', 'smoke', 'bandwidth', 'small_training']
+           'check_layer', 'recomputing', 'compiling', 'layers_of', 'Outcome', 'leaves', 'check_same', 'told_of',
+           'other_looks', 'Training', 'train', 'judge_of', 'smoke', 'bandwidth', 'small_training']
 
-# %% ../nbs/15_scale.ipynb #22962e6e
-import gc, itertools, os, signal, threading, time, warnings
+# %% ../nbs/15_scale.ipynb #e9c40986
+import contextlib, gc, hashlib, itertools, math, os, signal, threading, time, warnings
 from pathlib import Path
 from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import nn, Tensor
 from torch.distributed.tensor import DTensor
-from .checkpoint import Run, load, pack, save, weights
+from . import __version__
+from .checkpoint import CheckpointError, Run, check_path, load, pack, save, weights
 from .configs import Config, flops, model_of, to_dict
-from .data import keyed
+from .data import _take, check_choice, check_number, check_whole, keyed
 from .flows import shake
 from .loader import loader
 from .metrics import collect, load_statistics, make_extractor
 from .monitor import Journal, Speed, block_stats, filled, grid, norms, quality
 from .plan import shard_plan
-from .recipe import build, card_of, check_data, guidance_of, open_data, open_images, save_model
+from .recipe import build, card_of, check_config, check_data, guidance_of, open_data, open_images, save_model
 from .tarflow import TarFlow
 from .train import Alone, NonFiniteLoss, ema, fit
 
 # %% ../nbs/15_scale.ipynb #67326b08
 # Axis legend of this module: k step, t block, l layer. "Process" and "rank" are one thing, and each has at most one GPU.
 
-# %% ../nbs/15_scale.ipynb #d42f595e
+# %% ../nbs/15_scale.ipynb #2987b2a4
 class World(NamedTuple):
     "This process among the others."
     rank:int = 0
@@ -41,6 +42,7 @@ class World(NamedTuple):
 def pick(device:str) -> torch.device:
     "'auto': the GPU of this process, if there is one; ValueError for a device that is not here."
     local = int(os.environ.get('LOCAL_RANK', 0))
+    if not isinstance(device, (str, torch.device)): raise ValueError(f"device: {device!r} came, must be 'auto', 'cpu', 'cuda' or 'mps'")
     if device == 'auto': device = 'cuda' if torch.cuda.is_available() else 'cpu'
     if device == 'cuda':
         if (have := torch.cuda.device_count()) <= local: raise ValueError(f'device: process {local} of this machine wants a GPU of its own, and there are {have}; start torchrun with --nproc-per-node {max(have, 1)}')
@@ -55,6 +57,7 @@ def join(device:str='auto', sharded:bool=False, # a group is made for one proces
          minutes:float=30.) -> World:         # how long a process waits for the others before it gives up
     "Meet the other processes that torchrun started; alone, there is nobody to meet."
     from datetime import timedelta
+    check_choice('sharded', sharded, (True, False)); check_number('minutes', minutes, 0, above=True)
     rank, size, device = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1)), pick(device)
     if device.type == 'cuda': torch.cuda.set_device(device)
     if (size > 1 or sharded) and not dist.is_initialized():
@@ -134,7 +137,7 @@ class Stop:
     def quiet(self) -> None:
         for s, handler in self.before.items(): signal.signal(s, handler)
 
-# %% ../nbs/15_scale.ipynb #d2fec6c7
+# %% ../nbs/15_scale.ipynb #a75d0f1f
 class Parallel(Alone):
     "A step of `fit` by many processes, in one or several micro-batches; parameters whole in each, or sharded by FSDP2."
     keeps = False                        # checkpoints do it
@@ -145,7 +148,8 @@ class Parallel(Alone):
                  due=lambda k: False,    # step -> is a report wanted, for a checkpoint?
                  stop:Stop=None,
                  restore=None):          # callable (flow, objective, opt, ema): puts back what was saved
-        if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1: raise ValueError(f'accumulate: {accumulate!r}; micro-batches a step, 1 or more')
+        if not isinstance(world, World): raise ValueError(f'world: a {type(world).__name__} came, must be what join() gave')
+        check_whole('accumulate', accumulate); check_whole('done', done, 0); check_whole('seed', seed, 0)
         self.world, self.accumulate, self.done, self.seed, self.due, self.stop, self.restore, self.stopping = world, accumulate, done, seed, due, stop, restore, False
 
     def begin(self, flow, objective, opt, ema):
@@ -175,6 +179,17 @@ class Parallel(Alone):
         torch._foreach_mul_([local(g) for grads in kinds for g in grads], share)
         return norm
 
+    def any(self, bad):
+        if self.world.size == 1: return bad
+        flag = bad.float()                                                                      # stays on the device, as the question does
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return flag > 0
+
+    def everyone(self, v):
+        said = [v] * self.world.size
+        if self.world.size > 1: dist.all_gather_object(said, v)
+        return said
+
     def gather(self, v):
         if self.world.size == 1: return v[None]
         rows = [torch.empty_like(v) for _ in range(self.world.size)]
@@ -196,12 +211,16 @@ def shard(model:nn.Module, world:World, learned=()) -> nn.Module: # learned: mod
     for block in flow_of(model).blocks: register_fsdp_forward_method(block, 'params')           # alignment calls it, past `forward`
     return model
 
-# %% ../nbs/15_scale.ipynb #e0664538
+# %% ../nbs/15_scale.ipynb #b64b3419
 RECOMPUTING, COMPILED = {}, {}           # class of a layer -> its other class; one for all layers of a kind, or each would be compiled anew
+
+def check_layer(layer) -> None:
+    if not isinstance(layer, nn.Module): raise ValueError(f'layer: a {type(layer).__name__} came, must be a module')
 
 def recomputing(layer:nn.Module) -> nn.Module:
     "The layer keeps its input alone and runs once more in the backward pass: less memory, one forward pass more."
     from torch.utils.checkpoint import checkpoint
+    check_layer(layer)
     kind = type(layer)
     def forward(self, *args, **kw):
         if not torch.is_grad_enabled(): return kind.forward(self, *args, **kw)
@@ -211,6 +230,7 @@ def recomputing(layer:nn.Module) -> nn.Module:
 
 def compiling(layer:nn.Module) -> nn.Module:
     "The layer's forward by torch.compile."
+    check_layer(layer)
     import torch._functorch.config
     torch._functorch.config._config['donated_buffer'].default = False # the shared reverse pass uses a graph twice; for all threads, since on a GPU the backward pass has its own
     kind = type(layer)
@@ -220,7 +240,7 @@ def compiling(layer:nn.Module) -> nn.Module:
 
 def layers_of(model:nn.Module) -> list: return [layer for block in flow_of(model).blocks for layer in block.layers]
 
-# %% ../nbs/15_scale.ipynb #288017bd
+# %% ../nbs/15_scale.ipynb #caea7de9
 class Outcome(NamedTuple):
     "How a run ended."
     state:str                            # 'done'; or 'stopped': it was told to, has saved, and goes on when it is called again
@@ -232,35 +252,52 @@ MAY_DIFFER = ('system.parallel', 'system.gpus', 'system.accumulate', 'system.che
 def leaves(d:dict, at:str='') -> dict: # {'optim': {'lr': 1e-4}} -> {'optim.lr': 1e-4}
     return {k: v for name, x in d.items() for k, v in (leaves(x, f'{at}{name}.') if isinstance(x, dict) else {at + name: x}).items()}
 
-def check_same(c:Config, data, meta:dict, folder) -> None:
+def check_same(c:Config, data:dict, meta:dict, folder) -> dict: # data: of `told_of` -> {what is otherwise and may be: [before, now]}
     "ValueError, by key, where a run would go on as another one."
     was, now = leaves(meta['config']), leaves(to_dict(c))
     constant = c.optim.schedule == 'constant' and c.joint is None                # then a longer run begins like a shorter one
     free = (*MAY_DIFFER, *(('optim.steps', 'optim.epochs') if constant else ()))
     if c.joint and c.joint.adversarial: free = tuple(k for k in free if k != 'system.accumulate') # a critic counts micro-batches to its start
-    differ = [k for k in {**was, **now} if was.get(k) != now.get(k) and not k.startswith(free)]
-    if differ: raise ValueError(f'{differ[0]}: the run in {folder} has {was.get(differ[0])!r}, and {now.get(differ[0])!r} came'
-                                f'{", and so for " + ", ".join(differ[1:4]) if differ[1:] else ""}; go on as it was begun, or take another folder')
-    for k, v in told_of(data).items():
-        if meta['data'][k] != v: raise ValueError(f'data: the run in {folder} was begun with {meta["data"]["samples"]} samples of {len(meta["data"]["classes"])} classes; these data have {len(data)} of {len(data.classes)}'
-                                                  f'{", other ones" if k == "classes" else ""}; go on with the same, or take another folder')
+    differ = [k for k in {**was, **now} if was.get(k) != now.get(k)]
+    if wrong := [k for k in differ if not k.startswith(free)]:
+        raise ValueError(f'{wrong[0]}: the run in {folder} has {was.get(wrong[0])!r}, and {now.get(wrong[0])!r} came'
+                         f'{", and so for " + ", ".join(wrong[1:4]) if wrong[1:] else ""}; go on as it was begun, or take another folder')
+    other = {'samples': 'not as many', 'classes': 'other classes', 'labels': 'other labels'}
+    other = [what for k, what in other.items() if k in meta['data'] and meta['data'][k] != data[k]] or ['other images'] * other_looks(meta['data'].get('looks', {}), data['looks'])
+    if other: raise ValueError(f'data: the run in {folder} was begun with {meta["data"]["samples"]} samples of {len(meta["data"]["classes"])} classes; these are {data["samples"]} of {len(data["classes"])}, {other[0]}; go on with the same, or take another folder')
+    return {k: [was.get(k), now.get(k)] for k in differ}
 
-def told_of(data) -> dict: return {'samples': len(data), 'classes': [str(k) for k in data.classes]}
+def told_of(data, most:int=16) -> dict:
+    "What a checkpoint keeps of a dataset, to know it again: how many, which classes, a hash of the labels, and how a few of the samples look."
+    labels, looks = getattr(data, 'labels', None), {}
+    for i in sorted({int(keyed(0, 0, k, 'look').integers(len(data))) for k in range(most)}):
+        with contextlib.suppress(Exception):                                     # which cannot be read: the loader's affair
+            x = _take(data, torch.tensor([i]))[0]
+            looks[str(i)] = [round(v, 3) if math.isfinite(v) else None for v in (x.mean().item(), x.std().item())]
+    return {'samples': len(data), 'classes': [str(k) for k in data.classes], 'labels': None if labels is None else hashlib.sha256(torch.as_tensor(labels).long().cpu().numpy().tobytes()).hexdigest()[:16], 'looks': looks}
 
-# %% ../nbs/15_scale.ipynb #483f2ed9
+def other_looks(was:dict, now:dict) -> bool:
+    "Are more than half of these samples others? A few may have been mended, and another version of a decoder rounds otherwise."
+    both = [(a, b) for k in was.keys() & now.keys() for a, b in zip(was[k], now[k]) if a is not None and b is not None]
+    return 2 * sum(abs(a - b) > .01 * max(1, abs(a)) for a, b in both) > len(both)
+
+# %% ../nbs/15_scale.ipynb #ff3dab1a
 class Training:
     "One run of one configuration: what `train` puts together."
     def __init__(self, c:Config, run:Run, world:World, stop:Stop, data, every:int, save_every:int, keep:int, sample_every:int, fid_every:int, judge):
         self.c, self.run, self.world, self.stop, self.judge = c, run, world, stop, judge
         self.every, self.save_every, self.keep, self.sample_every, self.fid_every = every, save_every, keep, sample_every, fid_every
         self.recipe = build(c, world.device)
-        if data is None: data = open_data(c, folder=c.data.latents or run.folder/'latents', part=(world.rank, world.size), vae=self.recipe.vae, device=world.device)
-        self.data, self.sharded, self.card = check_data(c, data), c.system.parallel == 'fsdp', None
+        if data is None: data = check_data(c, open_data(c, folder=c.data.latents or run.folder/'latents', part=(world.rank, world.size), vae=self.recipe.vae, device=world.device))
+        self.data, self.sharded, self.card, self.changed = data, c.system.parallel == 'fsdp', None, {}
+        told = run.every(lambda: told_of(self.data) if world.rank == 0 else None)[0]
+        self.meta = {'config': to_dict(c), 'data': told, 'world': world.size, 'torch': str(torch.__version__), 'flowbook': __version__}
 
     def go(self, resume:bool, console, tensorboard:bool) -> Outcome:
         "All stages, from where the newest intact checkpoint is."
         self.at, total, first = self.find(resume), sum(s.steps for s in self.recipe.stages), 0
         with Journal(self.run.folder, self.at, total, console, tensorboard) as self.journal:
+            if self.changed: self.journal.note('changed', self.at, **self.changed)
             for i, stage in enumerate(self.recipe.stages):
                 last = first + stage.steps
                 if self.at < last or last == total:
@@ -275,7 +312,8 @@ class Training:
         if not steps: return 0
         if not resume: raise ValueError(f'out: {self.run.folder} holds a run of {steps[-1]} steps; go on with it (resume=True), or take another folder')
         at, meta = load(self.run, {}, strict=False)
-        check_same(self.c, self.data, meta, self.run.folder)
+        self.changed = check_same(self.c, self.meta['data'], meta, self.run.folder)
+        self.changed |= {k: [meta.get(k), self.meta[k]] for k in ('world', 'torch', 'flowbook') if meta.get(k) != self.meta[k]}
         return at
 
     def prepared(self, i:int):
@@ -317,7 +355,8 @@ class Training:
                 with speed.paused(): self.after(k, report, stage, model, mean, loop, last=k == first + stage.steps)
                 if loop.stopping: break
         except NonFiniteLoss as e:
-            self.journal.note('not finite', first + e.step, what=str(e))
+            with contextlib.suppress(CheckpointError): self.run.wait()           # what is still being written is from before, and counts
+            self.journal.note('not finite', first + e.step, what=str(e), samples=sum(e.samples.values(), []), odd=e.odd)
             e.args = (f'{e} The newest checkpoint in {self.run.folder} is of step {self.run.steps()[-1]}.' if self.run.steps() else f'{e} There is no checkpoint yet.',)
             raise
         finally:
@@ -348,8 +387,7 @@ class Training:
             report |= quality(shown, *self.judge, **self.way())
         self.journal.write(report)
         if ending or k % self.save_every == 0:
-            meta = {'config': to_dict(self.c), 'stage': stage.name, 'data': told_of(self.data), 'world': self.world.size, 'torch': str(torch.__version__)}
-            save(self.run, k, pack(*self.parts), meta, keep=self.keep, asynchronous=not ending)
+            save(self.run, k, pack(*self.parts), {**self.meta, 'stage': stage.name}, keep=self.keep, asynchronous=not ending)
             self.export(k, stage, model, mean, shown)
             self.journal.note('saved', k)
         if self.sample_every and (k % self.sample_every == 0 or last):
@@ -385,7 +423,7 @@ class Training:
         if self.card is None: self.card = card_of(self.c, self.data)
         save_model(self.recipe, shown, self.run.folder/'model', {**self.card, 'steps': k})
 
-# %% ../nbs/15_scale.ipynb #ec95b257
+# %% ../nbs/15_scale.ipynb #3b91cf67
 def train(c:Config,                      # of `find_config`, perhaps overridden
           out,                           # the run's folder: checkpoints, log.jsonl, model, samples
           *, device:str='auto', every:int=10, # report every so many steps
@@ -397,8 +435,12 @@ def train(c:Config,                      # of `find_config`, perhaps overridden
           data=None,                     # None: what `open_data` opens
           console=print, tensorboard:bool=True) -> Outcome:
     "Train a configuration on all processes that torchrun started, or on one: the same code. Called again, it goes on."
-    for name, v, least in (('every', every, 1), ('save_every', save_every, 1), ('keep', keep, 2), ('sample_every', sample_every, 0), ('fid_every', fid_every, 0)):
-        if isinstance(v, bool) or not isinstance(v, int) or v < least: raise ValueError(f'{name}: {v!r}; a whole number, {least} or more')
+    for name, v, least in (('every', every, 1), ('save_every', save_every, 1), ('keep', keep, 2), ('sample_every', sample_every, 0), ('fid_every', fid_every, 0)): check_whole(name, v, least)
+    for name, v in (('resume', resume), ('tensorboard', tensorboard)): check_choice(name, v, (True, False))
+    if fid_n is not None: check_whole('fid_n', fid_n, 2)
+    if console is not None and not callable(console): raise ValueError(f'console: a {type(console).__name__} came, must be a callable that takes a line of text, or None')
+    check_config(c); check_path('out', out)
+    if data is not None: check_data(c, data)                                     # before a folder is made
     mine, world = not dist.is_initialized(), join(device, c.system.parallel == 'fsdp')
     if c.optim.batch_size % (world.size * c.system.accumulate): raise ValueError(f'optim.batch_size: {c.optim.batch_size} is not to be divided among {world.size} processes and {c.system.accumulate} micro-batches; take a multiple of {world.size * c.system.accumulate}')
     stop = Stop(world)

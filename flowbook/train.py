@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['keyed_uniform', 'keyed_normal', 'GaussianNoise', 'Dequantize', 'DropLabels', 'NLL', 'recomputed', 'NonFiniteLoss',
-           'cosine', 'ema', 'fit', 'faster_in_bf16', 'adamw', 'Kept', 'Meter', 'Alone', 'mean_nll', 'to_bits',
-           'progress', 'plot_curve', 'live_curve']
+           'suspects', 'cosine', 'ema', 'fit', 'check_device', 'faster_in_bf16', 'adamw', 'Kept', 'Late', 'Meter',
+           'Alone', 'check_dataset', 'check_transforms', 'mean_nll', 'to_bits', 'progress', 'plot_curve', 'live_curve']
 
-# %% ../nbs/02_train.ipynb #10be2564
+# %% ../nbs/02_train.ipynb #7b26efff
 import itertools, math, sys, time
 import torch
 from torch import nn, Tensor
-from .data import Batch, batches, keyed
+from .data import Batch, batches, check_choice, check_number, check_tensor, check_whole, keyed
 from .flows import normal_log_prob
 
 # %% ../nbs/02_train.ipynb #1c851c37
@@ -30,13 +30,11 @@ def keyed_normal(batch:Batch, shape:tuple, stream:str) -> Tensor: # (b, *shape)
     if not rngs: return torch.empty(0, *shape)            # a rank's part of an epoch's last batch can be empty
     return torch.stack([torch.from_numpy(rng.standard_normal(shape, dtype='float32')) for rng in rngs])
 
-# %% ../nbs/02_train.ipynb #b670b8c2
+# %% ../nbs/02_train.ipynb #095e6ddd
 class GaussianNoise:
     "x + sigma e, e standard normal: the noise augmentation of TARFlow §2.4."
     def __init__(self, sigma:float): # standard deviation, in units of images in [-1, 1]
-        if not (sigma >= 0 and math.isfinite(sigma)):
-            raise ValueError(f'sigma: {sigma}; a standard deviation is 0 or more')
-        self.sigma = sigma
+        self.sigma = check_number('sigma', sigma, 0, what='a standard deviation, 0 or more')
 
     def __call__(self, batch):
         if not self.sigma: return batch
@@ -48,21 +46,18 @@ class GaussianNoise:
 class Dequantize:
     "Spread each grey level uniformly over its bin of width 2/levels in [-1, 1]. TARFlow §2.4."
     def __init__(self, levels:int): # of the dataset: 256 for 8 bits, 17 for the embedded digits
-        if not isinstance(levels, int) or levels < 2:
-            raise ValueError(f'levels: {levels}; an image has a whole number of levels, 2 or more')
-        self.levels = levels
+        self.levels = check_whole('levels', levels, 2)
 
     def __call__(self, batch):
         u = keyed_uniform(batch, tuple(batch.x.shape[1:]), 'noise')
         return batch._replace(x=((self.levels - 1) * (batch.x + 1) / 2 + u) / self.levels * 2 - 1)
     def __repr__(self): return f'Dequantize({self.levels})'
 
-# %% ../nbs/02_train.ipynb #a724acfa
+# %% ../nbs/02_train.ipynb #d85ba928
 class DropLabels:
     "Replace a label by -1 with probability `p`: one model learns p(x|y) and p(x). TARFlow §2.6."
     def __init__(self, p:float=.1):
-        if not 0 <= p <= 1: raise ValueError(f'p: {p}; a probability lies in 0..1')
-        self.p = p
+        self.p = check_number('p', p, 0, 1, what='a probability, 0 to 1')
 
     def __call__(self, batch):
         if not self.p: return batch
@@ -71,12 +66,11 @@ class DropLabels:
 
     def __repr__(self): return f'DropLabels({self.p})'
 
-# %% ../nbs/02_train.ipynb #9691d0a9
+# %% ../nbs/02_train.ipynb #60a12c45
 class NLL:
     "Negative log-likelihood per dimension in nats, constants included. TARFlow Eq. 2, 6."
     def __init__(self, checkpoint:bool=False): # recompute each block in the backward pass: less memory, one forward pass more
-        if not isinstance(checkpoint, bool): raise ValueError(f'checkpoint: {checkpoint!r}; True or False')
-        self.checkpoint = checkpoint
+        self.checkpoint = check_choice('checkpoint', checkpoint, (True, False))
         self.calls_forward = not checkpoint                 # else the parts are run one by one
 
     def __call__(self, flow:nn.Module, x:Tensor, y:Tensor, target=None) -> dict: # leaves gradients in .grad; a batch's target is for others
@@ -95,35 +89,52 @@ def recomputed(flow:nn.Module, x:Tensor, y=None) -> Tensor: # (b, ...) -> (b,) n
         logdet = logdet + ld
     return normal_log_prob(z, flow.prior_var) + logdet
 
-# %% ../nbs/02_train.ipynb #6b2bbaf5
+# %% ../nbs/02_train.ipynb #52d9706e
 class NonFiniteLoss(RuntimeError):
     "The loss or its gradient stopped being a number; the flow holds its last good weights, those after `kept` steps."
-    def __init__(self, step:int, value:float, grad_norm:float, lr:float, kept:int|None): # None: no copy was kept
+    def __init__(self, step:int, value:float, grad_norm:float, lr:float, kept:int|None, # None: no copy was kept
+                 suspects:dict={}):      # {rank: of `suspects`}, of the ranks whose loss it was
         self.step, self.value, self.grad_norm, self.kept = step, value, grad_norm, kept
-        now = (f'the flow is back at its weights after {kept} steps, the last on which a report found the loss good. '
-               if kept is not None else 'the weights are spoilt: go on from a checkpoint. ')
-        super().__init__(
-            f'the loss of step {step} was {value} (gradient norm {grad_norm}, learning rate {lr:.2g}); {now}'
-            'Try a lower learning rate, a longer warm-up, a smaller clip, or float32 instead of AMP; '
-            'and look at the data of that step: a pixel that is NaN, or a noise so narrow that '
-            'the density is nearly singular, does this too.')
+        self.samples = {rank: [i for part in parts for i in part['samples']] for rank, parts in suspects.items()}   # the whole list; empty where the data do not say
+        self.odd = [i for parts in suspects.values() for part in parts for i in part['odd']]                        # those which hold a number that is none
+        on = '; '.join(f'{_some(part["samples"])} of epoch {part["epoch"]}' + f' on rank {rank}' * (len(suspects) > 1 or rank > 0)
+                       for rank, parts in suspects.items() for part in parts if part['samples'])
+        now = f'The flow is back at its weights after {kept} steps, the last on which a report found the loss good.' if kept is not None else 'No step was taken with it: go on from the newest checkpoint, which is from before.'
+        why = (f'Look at {_some(self.odd)}: NaN or inf is in what the flow was given.' if self.odd else
+               'Try a lower learning rate, a longer warm-up, a smaller clip, or float32 instead of AMP; and look at the data: a noise so narrow that the density is nearly singular does this, too.')
+        super().__init__(f'the loss of step {step} was {value} (gradient norm {grad_norm}, learning rate {lr:.2g}). Its batch: {on or "the data do not say which samples (a Batch has an index)"}. {now} {why}')
 
-# %% ../nbs/02_train.ipynb #a592b823
+def _some(names, most=8): return f'sample{"s" * (len(names) > 1)} {", ".join(map(str, names[:most]))}' + (f' and {len(names) - most} more' if len(names) > most else '')
+
+def suspects(batches:list) -> list: # of one step, a batch or several micro-batches -> [{'epoch', 'samples', 'odd'}]
+    "Which samples a step saw, and which of them hold NaN or inf, pixels or target; places in the batch where it has no index."
+    found = []
+    for b in batches:
+        index = b.index.tolist() if isinstance(getattr(b, 'index', None), Tensor) else None   # every tuple has a method of that name
+        odd = [k for k in range(len(b[0])) if not all(v[k].isfinite().all() for v in _sees(b) if v is not None)]
+        found.append({'epoch': getattr(b, 'epoch', None), 'samples': index or [], 'odd': [index[k] for k in odd] if index else [f'at place {k}' for k in odd]})
+    return found
+
+# %% ../nbs/02_train.ipynb #65e949cd
 def cosine(step:int,           # 0, 1, ... steps - 1
            steps:int,          # length of the run
            warmup:int=0,       # steps of linear warm-up
            floor:float=0.01,   # where it starts and ends, as a share of the peak
           ) -> float:          # share of the peak learning rate
     "Linear warm-up, then half a cosine. TARFlow §3 (floor 1e-2 there)."
+    check_whole('step', step, 0); check_whole('steps', steps); check_whole('warmup', warmup, 0); check_number('floor', floor, 0, 1)
     if step < warmup: return floor + (1 - floor) * step / warmup
     t = (step - warmup) / max(1, steps - 1 - warmup)
     return floor + (1 - floor) * (1 + math.cos(math.pi * min(t, 1.))) / 2
 
+def _check_module(flow):
+    if not isinstance(flow, nn.Module): raise ValueError(f'flow: a {type(flow).__name__} came, must be a module')
+
 def ema(flow:nn.Module, decay:float) -> torch.optim.swa_utils.AveragedModel:
     "A moving average of the weights of `flow`, to hand to `fit`; `.module` is the averaged flow."
     from torch.optim.swa_utils import AveragedModel
-    if not 0 <= decay < 1:
-        raise ValueError(f'decay: {decay}; it lies in 0..1, for instance 0.999, and below 1')
+    _check_module(flow)
+    check_number('decay', decay, 0, 1, below=True, what='0 or more and below 1, for instance 0.999')
     local = lambda tensors: [t.detach().to_local() if hasattr(t, 'to_local') else t.detach() for t in tensors] # of what is sharded (chapter 15), this process's part
     class Averaged(AveragedModel):                          # PyTorch's own copies its count to the device at every step, and waits for it
         @torch.no_grad()
@@ -136,7 +147,7 @@ def ema(flow:nn.Module, decay:float) -> torch.optim.swa_utils.AveragedModel:
             self.n_averaged += 1
     return Averaged(flow)
 
-# %% ../nbs/02_train.ipynb #d624b34a
+# %% ../nbs/02_train.ipynb #2ff73c33
 def fit(flow:nn.Module,       # a Flow (or any module that the objective understands), trained in place
         data,                 # iterable of Batch, or of (x, y); `batches(...)` gives one; with a target, the objective sees it
         objective=None,       # callable (flow, x, y[, target]) -> logs that leaves gradients in .grad; NLL() by default
@@ -154,7 +165,7 @@ def fit(flow:nn.Module,       # a Flow (or any module that the objective underst
         loop=None,            # how a step is taken: `Alone()` by default; chapter 15 has the one for many processes
        ):                     # yields {'step', 'loss', 'lr', 'grad_norm', 'seconds', ...}
     "Train `flow`, yield mean logs; NonFiniteLoss stops it with the last good weights in place."
-    _check_fit(steps, every, lr, amp, warmup, clip, ema)
+    _check_fit(flow, data, objective, steps, lr, betas, weight_decay, schedule, warmup, clip, ema, amp, compile, every, device)
     objective, loop = NLL() if objective is None else objective, Alone() if loop is None else loop
     device = torch.device(device) if device is not None else next(flow.parameters()).device
     flow.to(device).train()
@@ -175,36 +186,42 @@ def fit(flow:nn.Module,       # a Flow (or any module that the objective underst
     def run(batch):
         x, y, *more = (v.to(device, non_blocking=True) for v in _sees(batch))
         with autocast: return objective(flow, x, y, *more)
-    meter, start = Meter(), time.perf_counter()
+    meter, start = Meter(loop), time.perf_counter()
     for step in range(loop.done + 1, steps + 1):
         asked, batch = loop.step(step), [_next_batch(it, step, steps) for _ in range(loop.accumulate)]
         for group in opt.param_groups: group['lr'] = lr * schedule(step - 1, steps, warmup)
         opt.zero_grad(set_to_none=True)
         logs = loop.gradients(run, batch, params)
-        meter.add(step, {**logs, 'grad_norm': loop.clip(params, math.inf if clip is None else clip)})
-        if report := asked or step % every == 0 or step == steps:
+        late = meter.add(step, {**logs, 'grad_norm': loop.clip(params, math.inf if clip is None else clip)}, batch)
+        if report := asked or late or step % every == 0 or step == steps:
             now = opt.param_groups[0]['lr']
-            means = meter.read(now, kept, loop.gather)  # the one wait for the device; restores, then raises
+            means = meter.read(now, kept)               # the one wait for the device; restores, then raises
             kept.renew(step - 1)
+        if opt.defaults['fused']: opt.found_inf = meter.bad # where it is 1, the step below changes nothing
         opt.step()
         if ema is not None: ema.update_parameters(flow)
         if report: yield {'step': step, **means, 'lr': now, 'seconds': time.perf_counter() - start, **chosen}
 
-# %% ../nbs/02_train.ipynb #d7e6c141
-def _check_fit(steps, every, lr, amp, warmup, clip, ema):
+# %% ../nbs/02_train.ipynb #2eb43168
+def _check_fit(flow, data, objective, steps, lr, betas, weight_decay, schedule, warmup, clip, ema, amp, compile, every, device):
     "ValueError for arguments that `fit` cannot work with."
-    if steps < 1 or every < 1:
-        raise ValueError(f'steps, every: {steps}, {every} were given; both are 1 or more')
-    if not (lr > 0 and math.isfinite(lr)):
-        raise ValueError(f'lr: {lr}; a learning rate is a positive number')
-    if amp not in ('auto', 'bf16', 'off', 'measure'):
-        raise ValueError(f"amp: {amp!r}; choose 'auto', 'bf16', 'off' or 'measure'")
-    if clip is not None and not clip > 0:
-        raise ValueError(f'clip: {clip}; the largest gradient norm is above 0, or None for no clipping')
-    if not 0 <= warmup < max(steps, 2):
-        raise ValueError(f'warmup: {warmup} of {steps} steps; it is 0 or more, and shorter than the run')
-    if ema is not None and not hasattr(ema, 'update_parameters'):
-        raise ValueError(f'ema: {ema!r}; give what ema(flow, decay) returned')
+    _check_module(flow)
+    for name, v, right, what in (('data', data, hasattr(data, '__iter__') and not isinstance(data, (str, dict, Tensor)), 'an iterable of Batch, or of (x, y)'),
+                                 ('objective', objective, objective is None or callable(objective), 'a callable (flow, x, y) -> logs'), ('schedule', schedule, callable(schedule), 'a callable (step, steps, warmup) -> share of lr'),
+                                 ('ema', ema, ema is None or hasattr(ema, 'update_parameters'), 'what ema(flow, decay) returned'), ('betas', betas, isinstance(betas, (tuple, list)) and len(betas) == 2, 'two numbers')):
+        if not right: raise ValueError(f'{name}: a {type(v).__name__} came, must be {what}')
+    check_whole('steps', steps); check_whole('every', every)
+    check_number('lr', lr, 0, above=True); check_number('weight_decay', weight_decay, 0)
+    for b in betas: check_number('betas', b, 0, 1, below=True)
+    check_whole('warmup', warmup, 0, max(steps, 2) - 1, what=f'0 or more, and shorter than the run of {steps} steps')
+    if clip is not None: check_number('clip', clip, 0, above=True, what='the largest gradient norm, above 0, or None for no clipping')
+    check_choice('amp', amp, ('auto', 'bf16', 'off', 'measure')); check_choice('compile', compile, (True, False))
+    check_device(device)
+
+def check_device(device):
+    "ValueError for what is no device; None is one that somebody else chooses."
+    try: return device if device is None else torch.device(device)
+    except (RuntimeError, TypeError): raise ValueError(f"device: {device!r} came, must be for instance 'cpu' or 'cuda'") from None
 
 def _autocast(device, amp):
     "The context in which the objective runs."
@@ -223,9 +240,10 @@ def _sees(batch):
     target = getattr(batch, 'target', None)
     return tuple(batch[:2]) if target is None else (*batch[:2], target)
 
-# %% ../nbs/02_train.ipynb #de22ecff
+# %% ../nbs/02_train.ipynb #70901f17
 def faster_in_bf16(flow:nn.Module, x:Tensor, y:Tensor, objective=None, rounds:int=3, gain:float=1.1, more:tuple=()) -> bool:
     "Is a forward and backward pass under bf16 autocast `gain` times as fast as in float32? Timed in turns on one batch."
+    _check_module(flow); check_tensor('x', x, 'b ...'); check_whole('rounds', rounds); check_number('gain', gain, 0)
     objective = NLL() if objective is None else objective
     params = [p for m in (flow, objective) if isinstance(m, nn.Module) for p in m.parameters()]
     grads, least = [p.grad for p in params], {'off': math.inf, 'bf16': math.inf}
@@ -265,32 +283,47 @@ class Kept:
     def restore(self):
         for c, p in zip(self.copy, self.params): p.copy_(c)
 
-# %% ../nbs/02_train.ipynb #2158623b
-class Meter:
-    "Means of logs between two reports, kept on the device; remembers the first bad step."
-    def __init__(self): self.sums, self.count, self.first = {}, 0, None
+# %% ../nbs/02_train.ipynb #e35e5fe1
+class Late:
+    "A number of the device, known to the CPU one step later."
+    def __init__(self, device): self.host, self.event = torch.zeros((), pin_memory=device.type == 'cuda'), torch.cuda.Event() if device.type == 'cuda' else None
 
-    def add(self, step, logs):
+    def ask(self, v:Tensor) -> float: # what it was when it was last asked
+        if self.event is not None: self.event.synchronize()
+        was = float(self.host.numpy())
+        self.host.copy_(v, non_blocking=True)
+        if self.event is not None: self.event.record(torch.cuda.current_stream(v.device))
+        return was
+
+class Meter:
+    "Means of logs between two reports, kept on the device; there it also latches the first bad step of any process."
+    def __init__(self, loop): self.loop, self.sums, self.count, self.first, self.batches = loop, {}, 0, None, {}
+
+    def add(self, step:int, logs:dict, batch:list) -> bool: # was a step before this one bad?
         for k, v in logs.items(): self.sums[k] = self.sums[k] + v if k in self.sums else v.float()
         self.count += 1
         loss, norm = logs['loss'].float(), logs['grad_norm'].float()
         now = torch.stack([torch.full_like(loss, step), loss, norm])
-        if self.first is None: self.first = torch.zeros_like(now)
-        fine = loss.isfinite() & norm.isfinite()
-        self.first = torch.where(fine | (self.first[0] > 0), self.first, now)     # latched, and not read here
+        if self.first is None: self.first, self.late = torch.zeros_like(now), Late(now.device)
+        bad = self.loop.any(~(loss.isfinite() & norm.isfinite()))
+        self.first = torch.where(bad & (self.first[0] == 0), now, self.first)     # latched, and not read here
+        self.bad = (self.first[0] > 0).float()
+        self.batches = {step - 1: self.batches.get(step - 1), step: batch}        # an error is about one of these two
+        return self.late.ask(self.bad) > 0
 
-    def read(self, lr, kept, gather=lambda v: v[None]):                   # (k,) -> (processes, k)
+    def read(self, lr:float, kept:Kept) -> dict:
         sums = torch.stack(list(self.sums.values())).to(self.first)
-        rows = gather(torch.cat([sums, self.first])).tolist()             # one crossing for all
-        if bad := [row[-3:] for row in rows if row[-3]]:                  # of any process: all of them stop
-            step, loss, norm = min(bad)
+        rows = self.loop.gather(torch.cat([sums, self.first])).tolist()           # (processes, ...): one crossing for all
+        if step := int(rows[0][-3]):                                              # of any process: all of them stop
             kept.restore()
-            raise NonFiniteLoss(int(step), loss, norm, lr, kept.step)
+            theirs = [r for r, row in enumerate(rows) if not math.isfinite(row[-2])] or range(len(rows))   # a gradient is everybody's
+            said = self.loop.everyone(suspects(self.batches[step]))
+            raise NonFiniteLoss(step, rows[theirs[0]][-2], rows[0][-1], lr, kept.step, {r: said[r] for r in theirs})
         out = {k: sum(s) / len(rows) / self.count for k, s in zip(self.sums, zip(*rows))}
         self.sums, self.count = {}, 0
         return out
 
-# %% ../nbs/02_train.ipynb #473ebc59
+# %% ../nbs/02_train.ipynb #9493c9a0
 class Alone:
     "How `fit` takes a step: one process, one batch. The seam on which training at scale stands (chapter 15)."
     done = 0                             # steps behind a run that goes on
@@ -300,15 +333,29 @@ class Alone:
     def step(self, k:int) -> bool: return False                           # step k begins: is a report wanted, beside those of `every`?
     def gradients(self, run, batch:list, params:list) -> dict: return run(batch[0]) # run(batch) -> logs, gradients in .grad
     def clip(self, params:list, most:float) -> Tensor: return nn.utils.clip_grad_norm_(params, most) # the norm before
+    def any(self, bad:Tensor) -> Tensor: return bad                       # true in one process: true in all
     def gather(self, v:Tensor) -> Tensor: return v[None]                  # (k,) -> (processes, k)
+    def everyone(self, v) -> list: return [v]                             # what each process has to say, in words
 
-# %% ../nbs/02_train.ipynb #ddaaf143
+# %% ../nbs/02_train.ipynb #9cc00d65
+def check_dataset(data, name:str='data') -> None:
+    "ValueError for what has no length and no samples to be asked for by number."
+    if isinstance(data, (str, dict, set)) or not (hasattr(data, '__len__') and (hasattr(data, '__getitem__') or hasattr(data, 'batch'))):
+        raise ValueError(f'{name}: a {type(data).__name__} came, must be a dataset: samples (x, y), with a length and an index')
+
+def check_transforms(transforms) -> tuple:
+    "ValueError for what is no list of callables Batch -> Batch."
+    if not isinstance(transforms, (list, tuple)) or (wrong := [t for t in transforms if not callable(t)]):
+        raise ValueError(f'transforms: {transforms if not isinstance(transforms, (list, tuple)) else wrong[0]!r} came, must be a list of callables Batch -> Batch')
+    return tuple(transforms)
+
 @torch.no_grad()
 def mean_nll(flow:nn.Module, data,       # a dataset
              transforms=(),              # the noise under which the density is meant
              draws:int=1,                # how many noise draws to average
              batch_size:int=500, seed:int=1) -> float:
     "Mean negative log-likelihood of a dataset, nats per dimension, constants included."
+    _check_module(flow); check_dataset(data); check_transforms(transforms); check_whole('draws', draws); check_whole('batch_size', batch_size)
     device, total, count = next(flow.parameters()).device, 0., 0
     size = min(batch_size, len(data))
     for b in batches(data, size, seed=seed, transforms=transforms, epochs=draws, shuffle=False):
@@ -321,11 +368,14 @@ def to_bits(nats:float,              # negative log-likelihood per dimension of 
             levels:int|None=None     # of the dataset, if the noise was `Dequantize(levels)`
            ) -> float:
     "Bits per dimension: with `levels` of the discrete image (TARFlow §2.4), without of the density."
+    check_number('nats', nats)
+    if levels is not None: check_whole('levels', levels, 2)
     return nats / math.log(2) + (math.log2(levels / 2) if levels else 0.)
 
-# %% ../nbs/02_train.ipynb #ee2083e0
+# %% ../nbs/02_train.ipynb #d128ec3c
 def progress(logs, steps:int, desc:str='', keys=('loss',)):
     "A progress bar that reads `fit(...)` and passes its logs on."
+    check_whole('steps', steps)
     from tqdm import tqdm
     with tqdm(total=steps, desc=desc, file=sys.stdout, ncols=88, mininterval=.3, ascii=' -=#') as bar:
         for log in logs:
@@ -336,6 +386,8 @@ def progress(logs, steps:int, desc:str='', keys=('loss',)):
 def plot_curve(history:list,      # logs of `fit`
                keys=('loss',), ax=None, label:str=''):
     "Draw logs over steps."
+    if not isinstance(history, (list, tuple)) or (lost := [k for k in ('step', *keys) for h in history if k not in h]):
+        raise ValueError(f'history: {f"logs without {lost[0]!r}" if isinstance(history, (list, tuple)) else f"a {type(history).__name__}"} came, must be a list of logs of `fit` with step, {", ".join(keys)}')
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(4.5, 2.2))[1]
     for k, style in zip(keys, ('-', '--', ':', '-.')):
@@ -344,11 +396,12 @@ def plot_curve(history:list,      # logs of `fit`
     ax.set(xlabel='step', ylabel='nats a dimension' if keys == ('loss',) else None)
     return ax
 
-# %% ../nbs/02_train.ipynb #83c190f9
+# %% ../nbs/02_train.ipynb #bac08177
 def live_curve(logs, keys=('loss',), seconds:float=1.):
     "A curve in the notebook that redraws itself while it reads `fit(...)`, and passes its logs on."
     import matplotlib.pyplot as plt
     from IPython.display import display
+    check_number('seconds', seconds, 0)
     history, handle, last = [], None, -math.inf
     def draw():
         ax = plot_curve(history, keys); ax.legend(); plt.close(ax.figure)

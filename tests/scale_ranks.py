@@ -170,3 +170,57 @@ def torch_some(n=40):
     from flowbook.data import InMemory
     d = load('digits')
     return InMemory(d.images[:n], d.labels[:n], d.classes, d.levels, 'digits, some')
+
+
+def once(rank, n, folder, kinds):
+    "Step 4 goes bad on rank 1, in each of these ways; -> {way: what was told, what is left, and whether the mended run ends as one in which nothing was bad}."
+    import math
+    from pathlib import Path
+
+    from safetensors.torch import load_file
+
+    from flowbook import scale
+    from flowbook.checkpoint import Run, problems
+    from flowbook.configs import find_config, override
+    from flowbook.data import InMemory
+    from flowbook.loader import micro_batches
+    from flowbook.train import NonFiniteLoss
+    found, plain, calls, whole, _ = {}, scale.build, [], set(), join('cpu', sharded=True)
+    theirs = [[i for _, part in next(micro_batches(64, 16, 0, 3, (r, n))) for i in part] for r in range(n)]      # of step 4
+    class Spoilt(InMemory):
+        value = None
+        def batch(self, index):
+            x, y = super().batch(index)
+            if self.value is not None: x[torch.as_tensor(index) == theirs[1][0], :, 0, 0] = self.value
+            return x, y
+    some = torch_some(64)
+    data = Spoilt(some.images, some.labels, some.classes, some.levels, 'digits, some')
+    def saved(out, step): return {k: v for p in sorted((Path(out)/'checkpoints'/f'step-{step:08d}').glob('*.safetensors')) for k, v in load_file(p).items()}
+    def run(out, way='', fsdp=False, optim=()):
+        calls.clear()
+        class Bad(NLL):
+            def __call__(self, flow, *a):
+                logs = super().__call__(flow, *a); calls.append(1)
+                if len(calls) == 4 and rank == 1:
+                    if way == 'loss': logs['loss'] = logs['loss'] * math.nan
+                    if way in ('gradient', 'overflow'): next(flow.parameters()).grad.fill_(math.nan if way == 'gradient' else 1e30)
+                return logs
+        def build(*a, **k):
+            recipe = plain(*a, **k)
+            return recipe._replace(stages=tuple(s._replace(objective=Bad()) for s in recipe.stages))
+        scale.build, data.value = build, {'pixel nan': math.nan, 'pixel inf': math.inf}.get(way)
+        c = override(find_config('digits-tarflow-64'), ['optim.steps=7', 'optim.batch_size=16', 'system.workers=0', 'flow.blocks=2', 'flow.layers=1', 'data.samples=64', 'optim.ema=0.9', f'system.parallel={"fsdp" if fsdp else "ddp"}', *optim])
+        return scale.train(c, out, device='cpu', every=100, save_every=3, keep=10, console=None, data=data, tensorboard=False)
+    for way, fsdp in kinds:
+        out = f'{folder}/{way}-{fsdp}'
+        try: run(out, way, fsdp); told = None
+        except NonFiniteLoss as e: told = e
+        steps = Run(out, write=False).steps()
+        intact = steps == [3] and not problems(Path(out)/'checkpoints'/'step-00000003') and all(v.isfinite().all() for v in saved(out, 3).values())
+        found[way, fsdp] = {'step': told and told.step, 'samples': told and told.samples, 'odd': told and told.odd, 'text': str(told).replace(str(folder), '...'), 'calls': len(calls), 'intact': intact, 'theirs': theirs}
+        run(out, '', fsdp)
+        if fsdp not in whole: run(f'{folder}/whole-{fsdp}', '', fsdp); whole.add(fsdp)
+        a, b = saved(out, 7), saved(f'{folder}/whole-{fsdp}', 7)
+        found[way, fsdp]['mended'] = a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    leave()
+    return found

@@ -114,6 +114,7 @@ def test_the_files_are_what_torch_and_safetensors_understand(tmp_path):
         if k != '__metadata__': assert entry['data_offsets'][0] % tensors[k].itemsize == 0 and (8 + length) % 8 == 0
 
 
+@pytest.mark.fault('malice', 'pickle and torch.load are replaced by an alarm while a checkpoint is written and read', 'no alarm: nothing of a checkpoint is a pickle')
 @pytest.mark.filterwarnings('ignore:torch.distributed is disabled')
 def test_nothing_is_pickled_or_unpickled(tmp_path, monkeypatch):
     def never(*a, **kw): raise AssertionError('pickle was called')
@@ -131,6 +132,7 @@ def test_nothing_is_pickled_or_unpickled(tmp_path, monkeypatch):
     ('n', 3, 'n is a int.*pickled'), ('n', None, 'n is a NoneType'), ('n', [torch.ones(1)], 'n is a list'), ('', torch.ones(1), "''"), (3, torch.ones(1), '3 is no name'),
     ('__metadata__', torch.ones(1), '__metadata__'), ('c', torch.ones(1, dtype=torch.complex64), 'c is torch.complex64'), ('f8', torch.ones(2).to(torch.float8_e5m2), 'f8 is torch.float8'),
     ('s', torch.eye(2).to_sparse(), 'layout'), ('m', torch.ones(1, device='meta'), 'meta device'), ('q', torch.ones(2).as_subclass(type('Odd', (torch.Tensor,), {})), 'q is a Odd')])
+@pytest.mark.fault('arguments', 'something that no file of numbers can hold is saved', 'refused, with the name of the tensor; nothing is written')
 def test_what_no_file_of_numbers_can_hold_is_refused(tmp_path, name, t, says):
     with Run(tmp_path) as run:
         with pytest.raises(ValueError, match=says): save(run, 1, {'fine': torch.ones(1), name: t})
@@ -140,6 +142,7 @@ def test_what_no_file_of_numbers_can_hold_is_refused(tmp_path, name, t, says):
 @pytest.mark.parametrize('meta, says', [
     ({'a': (1, 2)}, 'meta.a: a tuple'), ({'a': {1: 2}}, r'meta.a: the key 1'), ({'a': [float('nan')]}, r'meta.a\[0\]: nan'), ({'a': {'b': torch.ones(1)}}, 'meta.a.b: a Tensor'),
     ({'a': float('inf')}, 'inf'), ({'p': Path('x')}, 'meta.p'), ([1], 'meta: a list')])
+@pytest.mark.fault('arguments', 'settings that JSON would bring back as something else are saved', 'refused, with the entry; nothing is written')
 def test_meta_that_would_come_back_otherwise_is_refused(tmp_path, meta, says):
     with Run(tmp_path) as run, pytest.raises(ValueError, match=says): save(run, 1, small(1), meta)
 
@@ -175,6 +178,7 @@ def test_a_run_for_reading_changes_nothing(tmp_path):
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*')} == before
 
 
+@pytest.mark.fault('configuration', 'a checkpoint is loaded into tensors of other names, shapes or types', 'it is refused, the tensors are named, and none is changed: the model that wrote it, or another checkpoint')
 def test_load_is_strict_about_names_shapes_and_types(tmp_path):
     with Run(tmp_path) as run:
         save(run, 1, {'a': torch.ones(2), 'b': torch.ones(3), 'c': torch.ones(1)})
@@ -216,10 +220,11 @@ def one_bit(path): flip(path, path.stat().st_size // 2)
 def folder(path): path.unlink(); path.mkdir()
 
 
+@pytest.mark.fault('disk', 'a file of a checkpoint is cut off, emptied, lengthened, removed, flipped in one bit, or a folder', 'it is noticed on loading and named; the checkpoint before is taken, the damaged one set aside; nothing to do')
 @pytest.mark.parametrize('verify', ['full', 'sizes'])
 @pytest.mark.parametrize('file', FILES)
 @pytest.mark.parametrize('fault', [cut, empty, longer, gone, one_bit, folder])
-def test_a_damaged_file_is_named_and_the_next_checkpoint_taken(tmp_path, fault, file, verify):
+def test_a_damaged_file_is_named_and_the_next_checkpoint_taken(tmp_path, fault, file, verify, tried):
     three(tmp_path)
     path = tmp_path/'checkpoints'/'step-00000003'
     fault(path/file)
@@ -229,15 +234,18 @@ def test_a_damaged_file_is_named_and_the_next_checkpoint_taken(tmp_path, fault, 
     if fault in (cut, empty, longer) and file != 'manifest.json': assert 'bytes instead of' in problems(path, verify)[file]
     step, (said,) = newest(tmp_path, verify=verify)
     assert step == 2 and f'step-00000003/{file}' in said and 'Step 2 is taken instead' in said
+    tried(said=said)
 
 
-def test_every_bit_of_the_small_files_and_of_a_header_matters(tmp_path):
+@pytest.mark.fault('disk', 'one bit flips in each byte of a manifest, of the settings and of a header', 'each is noticed before anything is believed; nothing to do')
+def test_every_bit_of_the_small_files_and_of_a_header_matters(tmp_path, tried):
+    flips = 0
     with Run(tmp_path) as run: path = save(run, 1, {'a': torch.arange(4.), 'b': torch.ones(2, 3).half()}, {'lr': 1e-3})
     for file in FILES:
         content = (path/file).read_bytes()
         end = 8 + int.from_bytes(content[:8], 'little') if file.endswith('tensors') else len(content)
         for k in range(end):
-            flip(path/file, k, k % 8)
+            flip(path/file, k, k % 8); flips += 1
             assert problems(path), f'bit {k % 8} of byte {k} of {file} was flipped, unseen'
             if file.endswith('tensors'):                                # a header is read, not hashed, where sizes are enough
                 if not problems(path, 'sizes'):
@@ -246,8 +254,10 @@ def test_every_bit_of_the_small_files_and_of_a_header_matters(tmp_path):
                     assert torch.equal(into['a'], torch.arange(4.)) and torch.equal(into['b'], torch.ones(2, 3).half()), f'byte {k} of the header was changed, and the tensors with it'
             (path/file).write_bytes(content)
     assert not problems(path)
+    tried(times=flips)
 
 
+@pytest.mark.fault('disk', 'a file of a checkpoint has the right size and other tensors in it', 'the header does not agree with the manifest, even where no hash is computed; the checkpoint before is taken')
 def test_a_file_of_the_right_size_that_holds_something_else(tmp_path):
     "Sizes and headers are looked at even where sha256 is not."
     with Run(tmp_path) as run: path = save(run, 1, {'a': torch.arange(4.), 'b': torch.ones(2, 3)})
@@ -257,7 +267,8 @@ def test_a_file_of_the_right_size_that_holds_something_else(tmp_path):
         assert (path/FILES[2]).stat().st_size == size and problems(path, 'sizes') == {FILES[2]: 'do not hold what the manifest says'}
 
 
-def test_a_pickle_in_place_of_a_file_is_not_run(tmp_path):
+@pytest.mark.fault('malice', 'a pickle that runs a command lies in place of each file of a checkpoint', 'it is not run: no file is unpickled; the checkpoint before is taken')
+def test_a_pickle_in_place_of_a_file_is_not_run(tmp_path, tried):
     three(tmp_path)
     class Evil:
         def __reduce__(self): return (Path.touch, (tmp_path/'it ran',))
@@ -273,8 +284,10 @@ def test_a_pickle_in_place_of_a_file_is_not_run(tmp_path):
     (tmp_path/'lock').write_bytes(pickle.dumps(Evil()))
     Run(tmp_path).close()
     assert not (tmp_path/'it ran').exists()
+    tried(times=len(FILES) + 3)
 
 
+@pytest.mark.fault('malice', 'a foreign file of tensors is put into a checkpoint', 'it is not read: only files of the signed manifest are')
 def test_safetensors_that_do_not_belong_there_are_not_read(tmp_path):
     from safetensors.torch import save_file
     three(tmp_path)
@@ -283,15 +296,18 @@ def test_safetensors_that_do_not_belong_there_are_not_read(tmp_path):
     assert newest(tmp_path) == (3, [])
 
 
-def test_none_intact_is_an_error_that_names_all(tmp_path):
+@pytest.mark.fault('disk', 'all checkpoints of a run are damaged', 'loading stops and names what is wrong with each: restore one from a copy, or start again in another folder')
+def test_none_intact_is_an_error_that_names_all(tmp_path, tried):
     three(tmp_path)
     for k, fault in zip((1, 2, 3), (gone, cut, one_bit)): fault(tmp_path/'checkpoints'/f'step-0000000{k}'/FILES[2])
     with pytest.raises(CheckpointError) as e: newest(tmp_path)
     for k in (1, 2, 3): assert f'step-0000000{k}/{FILES[2]}' in str(e.value)
+    tried(said=e.value)
     with Run(tmp_path) as run, pytest.raises(CheckpointError, match='step-00000002'): load(run, blank(small(0)), step=2)
     assert run.newest() is None and run.steps() == [1, 2, 3]
 
 
+@pytest.mark.fault('disk', 'the newest checkpoint of a run is damaged when it goes on', 'the one before is taken, the damaged one renamed, and the warning says both; nothing to do')
 def test_a_run_that_falls_back_sets_the_damaged_aside_and_goes_on(tmp_path):
     three(tmp_path)
     one_bit(tmp_path/'checkpoints'/'step-00000003'/'meta.json')
@@ -426,7 +442,8 @@ def kill(pid):
     os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
 
 
-def test_sigkill_at_random_moments_of_a_write(tmp_path):
+@pytest.mark.fault('processes', 'SIGKILL at random moments of writing checkpoints', 'the newest whole checkpoint is loaded, half ones are cleared away; start again')
+def test_sigkill_at_random_moments_of_a_write(tmp_path, tried):
     rng, at = random.Random(0), set()
     def train():
         with Run(tmp_path) as run:
@@ -445,8 +462,10 @@ def test_sigkill_at_random_moments_of_a_write(tmp_path):
         later = Run(tmp_path); later.close()                              # the lock is free; what was left is cleared away
         assert all(n.startswith(('step', 'latest')) for n in names(run)) and later.latest() == later.steps()[-1] == step
     assert step > 20 and 'being-written' in at, 'no kill hit a write'
+    tried(times=20)
 
 
+@pytest.mark.fault('processes', 'a run is killed while its workers live on', 'the system frees the lock; the folder can be used at once; start again')
 def test_a_dead_process_holds_no_lock_and_neither_do_its_children(tmp_path):
     def hold():
         with Run(tmp_path):
@@ -464,6 +483,7 @@ def test_a_dead_process_holds_no_lock_and_neither_do_its_children(tmp_path):
     os.kill(worker, signal.SIGKILL)
 
 
+@pytest.mark.fault('processes', 'two runs are started in one folder', 'the second is refused with the process, host and time of the first, and writes nothing; a dead process holds nothing: wait, or give another folder')
 def test_the_lock_says_what_it_knows(tmp_path):
     with Run(tmp_path):
         with pytest.raises(CheckpointError, match='give another folder; a dead process holds no lock'): Run(tmp_path)
@@ -475,6 +495,7 @@ def test_the_lock_says_what_it_knows(tmp_path):
     assert isinstance(Lock(tmp_path/'lock'), Lock)
 
 
+@pytest.mark.fault('processes', 'SIGKILL between a checkpoint and its name in `latest`', 'the checkpoint is whole and counts; `latest` is mended; nothing to do')
 def test_killed_between_the_rename_and_latest(tmp_path, monkeypatch):
     three(tmp_path)
     (tmp_path/'checkpoints'/'latest').write_text('step-00000002\n')
@@ -623,15 +644,17 @@ def tmpfs(path, size):
     finally: subprocess.run(['umount', '-l', str(path)], check=True)
 
 
+@pytest.mark.fault('disk', 'the disk is full while a checkpoint is written', 'the save fails and says so with the bytes that are free; older checkpoints are as they were: free some space, start again')
 @pytest.mark.slow
 @pytest.mark.parametrize('asynchronous', [False, True])
-def test_a_full_disk(tmp_path, asynchronous):
+def test_a_full_disk(tmp_path, asynchronous, tried):
     big = lambda step: {'w': torch.full((300_000,), float(step)), 'n': torch.tensor(step)}       # 1.2 MB
     with tmpfs(tmp_path/'disk', '4m') as disk, Run(disk/'run') as run:
         for step in (1, 2): save(run, step, big(step), {'step': step})
         (disk/'other').write_bytes(bytes(10**6))
-        with pytest.raises(CheckpointError, match=r'step 3 .*No space left.*free some space.*MB are free; as they were: steps 1, 2, latest 2'):
+        with pytest.raises(CheckpointError, match=r'step 3 .*No space left.*free some space.*MB are free; as they were: steps 1, 2, latest 2') as e:
             save(run, 3, big(3), {'step': 3}, asynchronous=asynchronous); run.wait()
+        tried(said=e.value)
         assert names(run) == ['latest', 'step-00000001', 'step-00000002'] and not problems(run.path(2))
         load(run, into := blank(big(0))); assert same(into, big(2))
         (disk/'other').unlink()
@@ -644,15 +667,17 @@ def test_a_full_disk(tmp_path, asynchronous):
         with Run(disk/'run') as again: assert load(again, blank(big(0)))[0] == 3                 # a lock that cannot be signed is a lock
 
 
+@pytest.mark.fault('disk', 'the disk has become read-only', 'a run is refused with that word; loading still works: have it mounted for writing, or take another folder')
 @pytest.mark.slow
-def test_a_read_only_disk(tmp_path):
+def test_a_read_only_disk(tmp_path, tried):
     with tmpfs(tmp_path/'disk', '4m') as disk:
         three(disk/'run')
         with Run(disk/'run') as run:
             load(run, blank(small(0)))
         subprocess.run(['mount', '-o', 'remount,ro', str(disk)], check=True)
         with pytest.raises(CheckpointError, match='read-only'): Run(disk/'run')
-        with pytest.raises(CheckpointError, match='read-only'): Run(disk/'new')
+        with pytest.raises(CheckpointError, match='read-only') as e: Run(disk/'new')
+        tried(times=2, said=e.value)
         assert newest(disk/'run') == (3, [])
 
 
@@ -709,6 +734,7 @@ def work_train(rank, world, port, folder, shard, first, last):
             save_file(whole, Path(folder)/f'weights-{last}.safetensors')
 
 
+@pytest.mark.fault('configuration', 'a checkpoint is gone on with in another number of processes', 'it goes on, whole or sharded, and computes what one process computes; nothing to do')
 @pytest.mark.slow
 def test_worlds_of_2_1_4_and_2_sharded_and_whole_go_on_as_one_process_would(tmp_path):
     from safetensors.torch import load_file
@@ -788,6 +814,7 @@ def work_place(rank, world, port, folder):
         assert run.lock is None
 
 
+@pytest.mark.fault('processes', 'one of four processes meets a full disk, gives other arguments, or finds a damaged file', 'all four raise the same error at once, or all take the older checkpoint; nobody waits for anybody')
 @pytest.mark.slow
 def test_four_ranks_every_placement_and_every_error_together(tmp_path):
     launch(work_place, 4, tmp_path)
@@ -814,6 +841,27 @@ def work_killed(rank, world, port, folder, gate):
         Path(f'{folder}/heard-{rank}').write_text('')
 
 
+def work_many(rank, world, port, folder, rounds):
+    "What a process holds after one run and after many: threads, open files. And a closed run is closed."
+    count = lambda: (len(os.listdir('/proc/self/task')), len(os.listdir('/proc/self/fd')))
+    with joined(rank, world, port):
+        for k in range(rounds):
+            with Run(f'{folder}/{k}') as run: save(run, 1, small(1), asynchronous=True)
+            if k % 3 == 0: raises(CheckpointError, 'in the way', Run, f'{folder}/0/lock')                 # a mistake leaves nothing, either
+            if k == 0: first = count()
+        raises(ValueError, 'is closed', load, run, small(1))
+        last = count()
+        assert all(b <= a + 1 for a, b in zip(first, last)), f'{first} threads and open files after one run, {last} after {rounds}'
+
+
+@pytest.mark.slow
+@pytest.mark.fault('time', 'two processes open and close dozens of runs, one after the other', 'threads and open files stay as many as after the first')
+def test_runs_leave_no_threads_and_files_behind(tmp_path, tried):
+    launch(work_many, 2, tmp_path, 25)
+    tried(times=25)
+
+
+@pytest.mark.fault('processes', 'one of two processes is killed in the middle of writing a checkpoint', 'the other stops within the step; the checkpoint before is whole; start again')
 @pytest.mark.slow
 def test_a_rank_that_is_killed_in_the_middle_of_a_write(tmp_path):
     import torch.multiprocessing as mp

@@ -99,6 +99,7 @@ def test_arguments_are_refused_at_the_door(kw, words):
         loader(small(), **{'batch_size': 12, **kw})
 
 
+@pytest.mark.fault('data', 'the dataset is empty', 'refused at once')
 def test_an_empty_dataset_is_refused():
     with pytest.raises(ValueError, match='data: is empty'):
         loader(Subset(small(), []), 2)
@@ -224,6 +225,7 @@ def spoil(data, i, how):
         path.write_bytes(b'')
 
 
+@pytest.mark.fault('data', 'an image file vanishes, is cut off, is empty or no image, in the middle of a run', 'another sample takes its place, the same one after a resume; the log names the file; mend it when there is time')
 @pytest.mark.parametrize('how', ['vanished', 'truncated', 'no image', 'empty'])
 @pytest.mark.parametrize('workers', [0, 2])
 def test_a_bad_file_is_replaced_named_and_logged_once_an_epoch(folder, how, workers, caplog):
@@ -244,6 +246,7 @@ def test_a_bad_file_is_replaced_named_and_logged_once_an_epoch(folder, how, work
     assert all(torch.equal(b.y[b.y >= 0], folder.labels[b.index][b.y >= 0]) for b in got)   # the label is the substitute's
 
 
+@pytest.mark.fault('data', 'an image file vanishes, is cut off, is empty or no image, in the middle of a run', 'another sample takes its place, the same one after a resume; the log names the file; mend it when there is time')
 def test_a_resume_takes_the_same_substitutes(folder):
     for i, how in ((3, 'vanished'), (21, 'truncated'), (22, 'no image')):
         spoil(folder, i, how)
@@ -252,6 +255,7 @@ def test_a_resume_takes_the_same_substitutes(folder):
         assert same(take(folder, 15 - done, 8, start=done, workers=workers), whole[done:])
 
 
+@pytest.mark.fault('data', 'the file that takes the place of a bad one is bad, too', 'the next one is taken, and both are counted once; nothing to do')
 def test_a_bad_substitute_is_passed_over_and_counted_once(folder, caplog):
     first = int(keyed(0, 0, 13, 'substitute').integers(40))
     spoil(folder, 13, 'vanished')
@@ -263,19 +267,22 @@ def test_a_bad_substitute_is_passed_over_and_counted_once(folder, caplog):
     assert not {13, first} & set(torch.cat([b.index for b in got]).tolist())
 
 
+@pytest.mark.fault('data', 'more files are bad than a run should bear', 'the run stops with the first of their names: look at the disk, or allow more')
 @pytest.mark.parametrize('workers', [0, 2])
-def test_too_many_bad_files_stop_the_run(folder, workers):
+def test_too_many_bad_files_stop_the_run(folder, workers, tried):
     for i in range(20):
         spoil(folder, i, 'vanished')
     feed = loader(folder, 8, workers=workers, floor=5)
     with pytest.raises(TooManyBadSamples, match=r'of \d+ samples could not be read, 5 are allowed') as e:
         for _ in range(5):
             next(feed)
+    tried(said=e.value)
     assert len(e.value.errors) == e.value.bad > 5 and str(folder.paths[e.value.errors[0].index]) in str(e.value)
     with pytest.raises(StopIteration):
         next(feed)
 
 
+@pytest.mark.fault('data', 'more files are bad than a run should bear', 'the run stops with the first of their names: look at the disk, or allow more')
 def test_the_share_counts_when_the_floor_is_passed(folder):
     for i in range(4):
         spoil(folder, i, 'vanished')
@@ -288,13 +295,15 @@ def test_the_share_counts_when_the_floor_is_passed(folder):
             assert len(next(feed).x) == 40
 
 
-def test_a_disk_that_is_gone_stops_the_run_at_once(folder):
+@pytest.mark.fault('disk', 'the disk with the images is gone', 'the run stops at the first batch that cannot be read, with the reason; go on when it is back')
+def test_a_disk_that_is_gone_stops_the_run_at_once(folder, tried):
     for p in folder.paths:
         p.unlink()
     feed = loader(folder, 8, workers=2, floor=10**6, tolerance=1.)
     began = time.perf_counter()
-    with pytest.raises(TooManyBadSamples, match='FileNotFoundError'):
+    with pytest.raises(TooManyBadSamples, match='FileNotFoundError') as e:
         next(feed)
+    tried(said=e.value)
     assert time.perf_counter() - began < 30
 
 
@@ -313,6 +322,7 @@ def test_a_latent_shard_is_named(tmp_path):
     assert '00002.safetensors' in name_of(some_latents(tmp_path), 17)
 
 
+@pytest.mark.fault('disk', 'a read fails once and then works', 'the samples are read one by one, and none is lost or counted; nothing to do')
 def test_a_hiccup_is_no_bad_sample_and_a_fault_of_the_whole_stands():
     class Hiccup(InMemory):
         times = 1
@@ -329,6 +339,7 @@ def test_a_hiccup_is_no_bad_sample_and_a_fault_of_the_whole_stands():
         read(data, 0, [3, 4], 0, bad)
 
 
+@pytest.mark.fault('data', 'images of different shapes come in one batch', 'refused, with the shapes: give one size')
 def test_images_of_different_shapes_are_a_fault_of_the_dataset():
     class Odd(Plain):
         def __getitem__(self, i):
@@ -364,6 +375,7 @@ class Two(Exception):
         super().__init__(f'{a} and {b}')
 
 
+@pytest.mark.fault('processes', 'a transform or a dataset raises in a worker process', 'the same exception in the trainer, with the place in the worker: mend it')
 @pytest.mark.parametrize('error', [KeyError('a key'), ValueError('a value: 3 came'), FileNotFoundError(2, 'gone', 'x.png')])
 def test_an_exception_of_a_worker_is_itself(error):
     with pytest.raises(type(error)) as e:
@@ -371,12 +383,14 @@ def test_an_exception_of_a_worker_is_itself(error):
     assert e.value.args == error.args and 'Accident' not in str(e.value) and '__call__' in str(e.value.__cause__)
 
 
+@pytest.mark.fault('processes', 'a transform or a dataset raises in a worker process', 'the same exception in the trainer, with the place in the worker: mend it')
 @pytest.mark.parametrize('workers', [0, 1])
 def test_a_transform_that_raises_stop_iteration_is_not_the_end_of_the_data(workers):
     with pytest.raises(RuntimeError, match='raised StopIteration'):
         take(small(), 20, transforms=[Accident(StopIteration('early'))], workers=workers)
 
 
+@pytest.mark.fault('processes', 'a transform or a dataset raises in a worker process', 'the same exception in the trainer, with the place in the worker: mend it')
 def test_an_exception_that_cannot_travel_keeps_its_message():
     for what, words in ((Two(1, 2), 'Two: 1 and 2'), ('local', 'Local: cannot be pickled')):
         with pytest.raises(RuntimeError, match=words):
@@ -399,14 +413,16 @@ def gone(pids, seconds=5.):
     return not any(map(alive, pids))
 
 
+@pytest.mark.fault('processes', 'a process that reads data is killed, or leaves', 'the trainer stops with the sample it was at and the likely reason (mostly memory): fewer workers; go on')
 @linux
 @pytest.mark.parametrize('what, words', [('kill', 'was killed by SIGKILL at sample'), ('leave', 'ended with status 3 at sample')])
-def test_a_worker_that_dies_ends_the_run(what, words):
+def test_a_worker_that_dies_ends_the_run(what, words, tried):
     feed = loader(small(), 6, transforms=[Accident(what)], workers=2)
     pids, began = workers_of(feed), time.perf_counter()
-    with pytest.raises(WorkerDied, match=words):
+    with pytest.raises(WorkerDied, match=words) as e:
         for _ in range(20):
             next(feed)
+    tried(said=e.value)
     assert time.perf_counter() - began < 40 and gone(pids)
     with pytest.raises(StopIteration):
         next(feed)
@@ -426,6 +442,7 @@ def test_closing_leaves_no_process_and_may_be_repeated():
     assert gone(pids)
 
 
+@pytest.mark.fault('processes', 'a scheduler signals the whole job, the data workers with it', 'the workers leave signals to the trainer; no batch is lost; nothing to do')
 @linux
 def test_signals_to_the_whole_job_do_not_reach_the_workers():
     feed = loader(small(), 6, workers=2, transforms=NOISE)
@@ -439,6 +456,7 @@ def test_signals_to_the_whole_job_do_not_reach_the_workers():
     assert same(rest, take(small(), 21, seed=0)[1:])
 
 
+@pytest.mark.fault('processes', 'a data worker hangs when the run ends', 'it is ended after five seconds; nothing is left behind')
 @linux
 @pytest.mark.slow
 def test_a_worker_that_hangs_is_ended():
@@ -449,6 +467,7 @@ def test_a_worker_that_hangs_is_ended():
     assert time.perf_counter() - began < 40 and gone(pids)
 
 
+@pytest.mark.fault('processes', 'the trainer is killed, its data workers not', 'they die with it; nothing is left behind')
 @linux
 @pytest.mark.slow
 @pytest.mark.parametrize('method', ['fork', 'spawn'])
@@ -471,6 +490,7 @@ def test_workers_die_with_a_trainer_that_is_killed(tmp_path, method):
     assert gone(pids, 2.)
 
 
+@pytest.mark.fault('time', 'hundreds of batches come from workers', 'open files and shared memory stay as many as they were')
 @linux
 def test_open_files_and_shared_memory_do_not_grow():
     files = lambda: len(os.listdir('/proc/self/fd'))

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import in_ranks
-from scale_ranks import KINDS, SHARDED, compare, same, through, train as train_kind
+from scale_ranks import KINDS, SHARDED, compare, once, same, through, train as train_kind
 from torch import nn
 
 from flowbook import repa, scale
-from flowbook.checkpoint import Run, problems
+from flowbook.checkpoint import CheckpointError, Run, problems
 from flowbook.configs import CONFIGS, find_config, override
 from flowbook.data import InMemory, batches, load
 from flowbook.flows import shake
@@ -148,8 +148,9 @@ def tiny(*more, steps=8, name='digits-rrepa-64'):
 def quick(c, out, **kw): return train(c, out, **{**dict(every=1, save_every=1, keep=100, device='cpu', console=None, data=few(), tensorboard=False), **kw})
 
 
+@pytest.mark.fault('processes', 'a run ends after any of its steps and is started again', 'weights, average and optimiser end with the same bits; nothing to do')
 @pytest.mark.parametrize('workers', [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_going_on_is_bitwise_at_every_step(tmp_path, workers):
+def test_going_on_is_bitwise_at_every_step(tmp_path, workers, tried):
     "40 samples, batches of 16: steps 3 and 5 and 8 straddle or end epochs. Average, optimiser, schedule, noise, flips and dropped labels are all in what is compared."
     c = tiny(f'system.workers={workers}', 'optim.ema=0.9')
     quick(c, tmp_path/'whole')
@@ -160,6 +161,7 @@ def test_going_on_is_bitwise_at_every_step(tmp_path, workers):
         shutil.copytree(tmp_path/'whole'/'checkpoints'/f'step-{k:08d}', to/'checkpoints'/f'step-{k:08d}')
         assert quick(c, to, save_every=100) == scale.Outcome('done', 8, to/'model')
         assert equal(tensors(to, 8), want), f'from step {k}'
+    tried(times=7)
     lines = {l['step']: l for l in map(json.loads, (tmp_path/'whole'/'log.jsonl').read_text().splitlines()) if 'loss' in l}
     again = {l['step']: l for l in map(json.loads, (tmp_path/'from-3'/'log.jsonl').read_text().splitlines()) if 'loss' in l}
     assert sorted(again) == [4, 5, 6, 7, 8] and all(again[k][w] == lines[k][w] for k in again for w in ('loss', 'grad_norm', 'lr', 'align'))
@@ -173,6 +175,7 @@ def test_a_run_that_is_done_stays_as_it_is(tmp_path):
     assert quick(c, tmp_path/'a').state == 'done' and equal(before, tensors(tmp_path/'a', 3)) and (tmp_path/'a'/'model'/'model.safetensors').exists()
 
 
+@pytest.mark.fault('processes', 'a run of one process gets SIGTERM between two saves', 'it saves at that step; gone on with, it ends with the bits of a run that was not stopped; start again')
 def test_told_to_stop_it_saves_at_that_step_and_goes_on(tmp_path):
     c = tiny()
     quick(c, tmp_path/'whole', save_every=100)
@@ -195,18 +198,75 @@ def test_stages_go_on_from_within_and_between(tmp_path):
         assert equal(tensors(to, last), tensors(tmp_path/'whole', last)), f'from step {k} of {last}'
 
 
-def test_a_run_goes_on_as_what_it_was_only(tmp_path):
+@pytest.mark.fault('configuration', 'a run is to go on with another learning rate, size, batch, noise, weight or seed', 'it is refused with the key and both values, and nothing is written: go on as it was begun, or take another folder')
+def test_a_run_goes_on_as_what_it_was_only(tmp_path, tried):
     c = tiny(steps=2)
     quick(c, tmp_path)
-    for key, value in (('optim.lr', 1e-2), ('flow.dim', 48), ('optim.batch_size', 8), ('align.lam', .3), ('noise.sigma', .3), ('seed', 1)):
-        with pytest.raises(ValueError, match=key): quick(override(c, [f'{key}={value}']), tmp_path)
-    with pytest.raises(ValueError, match='data.samples'): quick(override(c, ['data.samples=39']), tmp_path, data=few(39))
-    other = few(); other.classes = tuple('abcdefghij')
-    with pytest.raises(ValueError, match='begun with 40 samples of 10 classes.*other ones'): quick(c, tmp_path, data=other)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path/'checkpoints').rglob('*')}
+    keys = (('optim.lr', 1e-2), ('flow.dim', 48), ('optim.batch_size', 8), ('align.lam', .3), ('noise.sigma', .3), ('seed', 1))
+    for key, value in keys:
+        with pytest.raises(ValueError, match=key) as e: quick(override(c, [f'{key}={value}']), tmp_path)
+        tried(times=len(keys), said=e.value)
     with pytest.raises(ValueError, match='holds a run of 2 steps'): quick(c, tmp_path, resume=False)
-    assert quick(override(c, ['system.workers=1', 'sample.w=3', 'system.checkpoint=true']), tmp_path).state == 'done'   # how it runs may change
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path/'checkpoints').rglob('*')} == before
 
 
+@pytest.mark.fault('configuration', 'a run is to go on with other data', 'it is refused, also where number, classes and labels are the same and only the images are others: the same data, or another folder')
+def test_other_data_are_noticed_and_a_mended_sample_is_not(tmp_path, tried):
+    c = tiny(steps=2)
+    quick(c, tmp_path)
+    def changed(images=None, labels=None, classes=None, n=40):
+        d = few(n)
+        return InMemory(d.images if images is None else images(d.images.clone()), d.labels if labels is None else labels(d.labels.clone()), classes or d.classes, d.levels, 'others')
+    def one(images): images[int(next(iter(scale.told_of(few())['looks'])))] = 0; return images
+    with pytest.raises(ValueError, match='data.samples'): quick(override(c, ['data.samples=39']), tmp_path, data=few(39))
+    others = {'other classes': dict(classes=tuple('abcdefghij')), 'other labels': dict(labels=lambda y: (y + 1) % 10), 'other images': dict(images=lambda x: x.roll(1, 0))}
+    for what, how in others.items():
+        with pytest.raises(ValueError, match=f'begun with 40 samples of 10 classes; these are 40 of 10, {what}; go on with the same') as e: quick(c, tmp_path, data=changed(**how))
+    tried(times=len(others) + 1, said=e.value)
+    assert quick(c, tmp_path, data=changed(images=one)).state == 'done'           # one sample in 40 was mended
+    told = scale.told_of(few())
+    assert len(told['looks']) >= 10 and scale.told_of(few()) == told and len(json.dumps(told)) < 1000
+
+
+def test_data_that_cannot_be_read_everywhere_are_known_by_what_can():
+    class Torn(InMemory):
+        def batch(self, index):
+            if int(torch.as_tensor(index)[0]) % 2: raise OSError('gone')
+            return super().batch(index)
+    d = few()
+    torn, whole = scale.told_of(Torn(d.images, d.labels, d.classes, d.levels, 'torn')), scale.told_of(d)
+    assert 0 < len(torn['looks']) < len(whole['looks']) and not scale.other_looks(whole['looks'], torn['looks'])
+    assert scale.other_looks({'3': [0., 1.]}, {'3': [.5, .5]}) and not scale.other_looks({'3': [0., None]}, {'3': [.001, 1.]}) and not scale.other_looks({}, {'3': [0., 1.]})
+
+
+@pytest.mark.fault('configuration', 'a run goes on with other versions of packages, another number of workers, recomputing', 'it goes on, and the log says what is otherwise; nothing to do')
+def test_what_may_differ_goes_on_and_is_in_the_log(tmp_path, monkeypatch):
+    c = tiny(steps=4)
+    quick(tiny(steps=4), tmp_path, console=lambda line: os.kill(os.getpid(), signal.SIGUSR1) if 'step 1 of' in line else None)
+    real = str(torch.__version__)
+    monkeypatch.setattr(torch, '__version__', '9.9.9'); monkeypatch.setattr(scale, '__version__', '99')
+    assert quick(override(c, ['system.workers=1', 'sample.w=3', 'system.checkpoint=true']), tmp_path).state == 'done'
+    said = [l for l in map(json.loads, (tmp_path/'log.jsonl').read_text().splitlines()) if l.get('event') == 'changed']
+    assert len(said) == 1 and said[0]['torch'] == [real, '9.9.9'] and said[0]['flowbook'][1] == '99' and said[0]['system.workers'] == [0, 1] and said[0]['system.checkpoint'] == [False, True] and 'world' not in said[0]
+
+
+TWICE = ('processes', 'two runs are started in one folder', 'the second is refused with the process, host and time of the first, and writes nothing; a dead process holds nothing: wait, or give another folder')
+
+
+@pytest.mark.fault(*TWICE)
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path, tried):
+    c = tiny(steps=3)
+    def second(line):
+        if 'step 2 of' not in line: return
+        before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*')}
+        with pytest.raises(CheckpointError, match=f'{tmp_path} is in use by process {os.getpid()} on .* since 20.*give another folder') as e: quick(c, tmp_path)
+        assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*')} == before
+        tried(said=e.value)
+    assert quick(c, tmp_path, console=second).state == 'done'
+
+
+@pytest.mark.fault('arguments', 'a training is asked for what cannot be, at the door', 'refused, with the argument; no folder is made')
 def test_mistakes_are_said_before_anything_is_made(tmp_path, monkeypatch):
     c = tiny(steps=2)
     for wrong in (dict(every=0), dict(save_every=0), dict(keep=1), dict(sample_every=-1), dict(fid_every=.5)):
@@ -216,6 +276,7 @@ def test_mistakes_are_said_before_anything_is_made(tmp_path, monkeypatch):
     assert not (tmp_path/'a').exists()
 
 
+@pytest.mark.fault('data', 'a pixel of one sample is NaN or infinite', 'training stops with the weights of before, and the error names the sample: mend or remove it, then go on')
 def test_a_loss_that_is_no_number_names_the_step_and_the_checkpoint(tmp_path, monkeypatch):
     real = scale.build
     def poisoned(*a, **k):
@@ -264,6 +325,20 @@ def test_two_processes_equal_one_with_twice_the_batch():
 def test_ranks_hold_the_same_bits_after_every_objective():
     a, b = in_ranks(same, 2, list(KINDS))
     assert a == b and len(a) == len(KINDS)
+
+
+@pytest.mark.slow
+@pytest.mark.fault('numbers', 'NaN, infinity or an overflow on one of two processes', 'both stop one step later at the latest, with the same words; the newest checkpoint is intact; mended, the run ends with the bits of one in which nothing was bad')
+def test_a_bad_step_of_one_process_stops_all_and_the_mended_run_goes_on(tmp_path, tried):
+    kinds = [(way, False) for way in ('pixel nan', 'pixel inf', 'gradient', 'loss', 'overflow')] + [('pixel nan', True), ('loss', True)]
+    found = in_ranks(once, 2, str(tmp_path), kinds)
+    for kind in kinds:
+        for f in (one := found[0][kind], found[1][kind]):
+            own = {1: f['theirs'][1]} if kind[0] in ('pixel nan', 'pixel inf', 'loss') else dict(enumerate(f['theirs']))   # a gradient is the ranks' together
+            assert f['step'] == 4 and f['samples'] == own and f['calls'] == 5, (kind, f)
+            assert f['odd'] == ([f['theirs'][1][0]] if 'pixel' in kind[0] else []), (kind, f)
+            assert f['intact'] and f['mended'] and f['text'] == one['text'] and 'is of step 3' in f['text'] and 'of epoch 0 on rank 1' in f['text'], (kind, f)
+    tried(times=len(kinds), said=found[0][kinds[0]]['text'])
 
 
 def torchrun(n, *args, torchrun=(), env=None, **kw):
@@ -342,6 +417,7 @@ def gone(pids, seconds=40):
     return False
 
 
+@pytest.mark.fault('processes', 'one of two training processes is killed by SIGKILL', 'the other ends within a minute; restarted, by torchrun or by hand, the run ends with the bits of one that was never killed')
 @pytest.mark.slow
 def test_a_killed_worker_ends_the_job_and_a_restart_goes_on_to_the_same_bits(tmp_path, script):
     assert finished(script(tmp_path/'whole'))[0] == 0
@@ -354,6 +430,7 @@ def test_a_killed_worker_ends_the_job_and_a_restart_goes_on_to_the_same_bits(tmp
     assert script(tmp_path/'dead', n=1).wait(120) == 0 and Run(tmp_path/'dead', write=False).steps()[-1] == 8   # and one process can finish it
 
 
+@pytest.mark.fault('processes', 'the launcher of two processes gets SIGTERM or SIGUSR1', 'all processes save at the same step and leave; requeue')
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGUSR1'])
 def test_signals_to_the_launcher_save_and_leave(tmp_path, script, name):
@@ -369,6 +446,7 @@ def test_signals_to_the_launcher_save_and_leave(tmp_path, script, name):
     assert log[-1]['event'] == 'stopped' and log[-1]['step'] == steps[-1]
 
 
+@pytest.mark.fault('processes', 'a run of one process gets SIGUSR1', 'it saves and leaves with status 75; requeue')
 @pytest.mark.slow
 def test_one_process_leaves_with_a_status_of_its_own(tmp_path, script):
     p = script(tmp_path/'out', 0, 4000, SLOW='0.02')
@@ -377,6 +455,18 @@ def test_one_process_leaves_with_a_status_of_its_own(tmp_path, script):
     assert finished(p)[0] == 75
 
 
+@pytest.mark.slow
+@pytest.mark.fault(*TWICE)
+def test_a_run_whose_process_was_killed_is_gone_on_with(tmp_path, script):
+    p = script(tmp_path/'out', 0, 4000, SLOW='0.05')
+    wait_for(script, 'step 3 of')
+    with pytest.raises(CheckpointError, match=f'in use by process {p.pid} on'): quick(tiny(steps=4000), tmp_path/'out')
+    p.kill(); p.wait(10)
+    stop = lambda line: os.kill(os.getpid(), signal.SIGUSR1)
+    assert quick(tiny(steps=4000), tmp_path/'out', console=stop).state == 'stopped'
+
+
+@pytest.mark.fault('processes', 'the launcher is killed by SIGKILL', 'its processes notice at their next step, save and leave: no orphan holds a GPU; start again')
 @pytest.mark.slow
 def test_a_killed_launcher_leaves_nobody_behind(tmp_path, script):
     p = script(tmp_path/'out', steps=100_000, SLOW='0.02')
@@ -388,6 +478,7 @@ def test_a_killed_launcher_leaves_nobody_behind(tmp_path, script):
     assert steps and not problems(tmp_path/'out'/'checkpoints'/f'step-{steps[-1]:08d}')
 
 
+@pytest.mark.fault('configuration', 'a checkpoint is gone on with in another number of processes', 'it goes on, whole or sharded, and computes what one process computes; nothing to do')
 @pytest.mark.slow
 def test_one_checkpoint_goes_on_in_any_number_of_processes(tmp_path):
     "2 -> 1 -> 4 processes, whole and sharded, in float64: what one process computes alone."
