@@ -34,13 +34,13 @@ def plot_style():
         'font.size': 9, 'axes.titlesize': 9, 'axes.spines.top': False, 'axes.spines.right': False,
         'legend.frameon': False})
 
-# %% ../nbs/00_data.ipynb #156f325c
+# %% ../nbs/00_data.ipynb #bdc6a0a2
 def check_whole(name:str,          # of the argument, as its caller knows it
                 v, least:int=1, most:int=None,
                 what:str='',       # what would be right; by default the range
                ) -> int:
     "A whole number from `least` to `most`; ValueError that names it for all else. True and False are no numbers."
-    if isinstance(v, Integral) and not isinstance(v, bool) and least <= v and (most is None or v <= most): return int(v)
+    if (type(v) is int or isinstance(v, Integral) and not isinstance(v, bool)) and least <= v and (most is None or v <= most): return int(v)
     raise ValueError(f'{name}: {v!r:.80} came, must be {what or f"a whole number, {least} or more" + (f", at most {most}" if most is not None else "")}')
 
 def check_number(name:str, v, low:float=-math.inf, high:float=math.inf,

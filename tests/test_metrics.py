@@ -403,7 +403,7 @@ def test_two_processes_draw_and_judge_the_samples_of_one(tmp_path):
 @pytest.mark.parametrize('command,says', [
     (['evaluate', 'digits-0.1', '--save', 'nowhere.xyz/'], '--save'), (['evaluate', 'digits-0.1', '--device', 'abacus'], 'cpu, cuda or mps'), (['evaluate', 'digits-0.1', '--n', '1'], '2 images or more'),
     (['evaluate', 'digits-classifier'], 'DigitClassifier'), (['evaluate', 'mnist5k-0.2'], '--data: missing'), (['fid_stats', '--out', 'stats.npz'], '.safetensors'), (['fid_stats', '--batch-size', '0', '--out', 's.safetensors'], '1 or more'),
-    (['fid_stats', '--device', 'abacus', '--out', 's.safetensors'], '--device'), (['fid_stats', '--out', 'nowhere.xyz/s.safetensors/t.safetensors'], '--out')][:-1])
+    (['fid_stats', '--device', 'abacus', '--out', 's.safetensors'], '--device')])
 def test_mistakes_on_the_command_line_end_with_a_sentence_before_the_work(command, says, tmp_path, monkeypatch):
     import importlib
     module = importlib.import_module(f'flowbook.scripts.{command[0]}')
