@@ -706,7 +706,7 @@ def _found(root, split):
                          'give more, or a `test` folder')
     return paths, torch.tensor(labels), classes
 
-# %% ../nbs/00_data.ipynb #797c833e
+# %% ../nbs/00_data.ipynb #63b39f57
 class Folder(ImageSet):
     "Images read from their files when they are asked for, by a few threads."
     def __init__(
@@ -720,7 +720,7 @@ class Folder(ImageSet):
         from PIL import Image
         known = Image.registered_extensions()
         if not isinstance(paths, (list, tuple)) or not len(paths): raise ValueError(f'paths: {paths!r:.80} came, must be a list of one file or more')
-        self.paths, self.size, labels = [check_path('paths', p) for p in paths], size, _as_labels(labels)
+        self.paths, self.size, labels = [p if isinstance(p, Path) else check_path('paths', p) for p in paths], size, _as_labels(labels)
         if len(labels) != len(self.paths): raise ValueError(f'labels: {len(labels)} came for {len(self.paths)} paths')
         if size is not None: check_whole('size', size, 1, _LARGEST)
         for p in self.paths:                              # before an hour of training, not after it
