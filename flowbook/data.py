@@ -34,13 +34,13 @@ def plot_style():
         'font.size': 9, 'axes.titlesize': 9, 'axes.spines.top': False, 'axes.spines.right': False,
         'legend.frameon': False})
 
-# %% ../nbs/00_data.ipynb #156f325c
+# %% ../nbs/00_data.ipynb #bdc6a0a2
 def check_whole(name:str,          # of the argument, as its caller knows it
                 v, least:int=1, most:int=None,
                 what:str='',       # what would be right; by default the range
                ) -> int:
     "A whole number from `least` to `most`; ValueError that names it for all else. True and False are no numbers."
-    if isinstance(v, Integral) and not isinstance(v, bool) and least <= v and (most is None or v <= most): return int(v)
+    if (type(v) is int or isinstance(v, Integral) and not isinstance(v, bool)) and least <= v and (most is None or v <= most): return int(v)
     raise ValueError(f'{name}: {v!r:.80} came, must be {what or f"a whole number, {least} or more" + (f", at most {most}" if most is not None else "")}')
 
 def check_number(name:str, v, low:float=-math.inf, high:float=math.inf,
@@ -706,7 +706,7 @@ def _found(root, split):
                          'give more, or a `test` folder')
     return paths, torch.tensor(labels), classes
 
-# %% ../nbs/00_data.ipynb #797c833e
+# %% ../nbs/00_data.ipynb #63b39f57
 class Folder(ImageSet):
     "Images read from their files when they are asked for, by a few threads."
     def __init__(
@@ -720,7 +720,7 @@ class Folder(ImageSet):
         from PIL import Image
         known = Image.registered_extensions()
         if not isinstance(paths, (list, tuple)) or not len(paths): raise ValueError(f'paths: {paths!r:.80} came, must be a list of one file or more')
-        self.paths, self.size, labels = [check_path('paths', p) for p in paths], size, _as_labels(labels)
+        self.paths, self.size, labels = [p if isinstance(p, Path) else check_path('paths', p) for p in paths], size, _as_labels(labels)
         if len(labels) != len(self.paths): raise ValueError(f'labels: {len(labels)} came for {len(self.paths)} paths')
         if size is not None: check_whole('size', size, 1, _LARGEST)
         for p in self.paths:                              # before an hour of training, not after it

@@ -6,24 +6,24 @@
 __all__ = ['SWAP', 'SWEEP', 'score', 'log_prob_and_score', 'frozen_log_prob', 'check_samples', 'denoise', 'judge_tweedie',
            'tweedie', 'judge_noise_sweep', 'train_for_sweep', 'noise_sweep', 'sampled']
 
-# %% ../nbs/07_denoise.ipynb #ddcb3787
+# %% ../nbs/07_denoise.ipynb #3e03b9e4
 import math, threading
 import torch
 from torch import Tensor
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint as recompute
-from .data import batches, load
+from .data import batches, check_choice, check_number, check_whole, load
 from .evidence import EXPERIMENTS, all_of, experiment, identity, lower
 from .flows import Flow, check_y, normal_log_prob
 from .metrics import collect, evaluate
-from .noise import PointsFlow, at_edge, averaging, condition, is_broken
+from .noise import PointsFlow, at_edge, averaging, check_flow_given, condition, is_broken
 from .tarflow import TarFlow
 from .train import Dequantize, GaussianNoise, mean_nll
 
 # %% ../nbs/07_denoise.ipynb #70d01939
 # Axis legend of this module: b batch, d dimensions of a vector, n tokens, c h w image, t block.
 
-# %% ../nbs/07_denoise.ipynb #dec45ae6
+# %% ../nbs/07_denoise.ipynb #181b7abf
 def score(flow:Flow, x:Tensor, y=None,   # (b, ...) points; labels, as `log_prob` takes them
           checkpoint:bool=False,         # recompute every block in the backward pass: less memory, one forward pass more
           ) -> Tensor:                   # (b, ...)
@@ -32,7 +32,7 @@ def score(flow:Flow, x:Tensor, y=None,   # (b, ...) points; labels, as `log_prob
 
 def log_prob_and_score(flow:Flow, x:Tensor, y=None, checkpoint:bool=False) -> tuple: # -> (b,) nats, (b, ...)
     "The log-density and its gradient, from one forward and one backward pass."
-    check_samples(flow, x, y)
+    check_samples(flow, x, y); check_choice('checkpoint', checkpoint, (True, False))
     with torch.inference_mode(False), torch.enable_grad():       # works inside of a sampler's no_grad, too
         x = x.detach().clone().requires_grad_()
         y = y.clone() if isinstance(y, Tensor) else y            # a tensor of inference_mode cannot be saved
@@ -40,7 +40,7 @@ def log_prob_and_score(flow:Flow, x:Tensor, y=None, checkpoint:bool=False) -> tu
         grad, = torch.autograd.grad(log_p.sum(), x)
     return log_p.detach(), grad
 
-# %% ../nbs/07_denoise.ipynb #76ed9337
+# %% ../nbs/07_denoise.ipynb #09ae9a5c
 SWAP = threading.RLock() # `functional_call` puts other parameters into the model for the length of a call: two threads would restore each other's
 
 def frozen_log_prob(flow:Flow, x:Tensor, y=None, checkpoint:bool=False) -> Tensor: # (b,) nats
@@ -48,6 +48,7 @@ def frozen_log_prob(flow:Flow, x:Tensor, y=None, checkpoint:bool=False) -> Tenso
     def frozen(module, x):
         with SWAP: return functional_call(module, {k: v.detach() for k, v in module.state_dict(keep_vars=True).items()}, (x, y))
     if checkpoint:
+        if hasattr(flow, 'check'): flow.check(x)             # the parts would not know what an image is
         z, logdet = flow.to_parts(x), 0.
         for part in flow.parts():
             z, ld = recompute(frozen, part, z, use_reentrant=False)
@@ -57,20 +58,19 @@ def frozen_log_prob(flow:Flow, x:Tensor, y=None, checkpoint:bool=False) -> Tenso
 
 def check_samples(flow, x, y=None):
     "ValueError for what is no batch of samples, or for labels that do not fit."
+    check_flow_given(flow)
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
         raise ValueError(f'x: {getattr(x, "dtype", type(x).__name__)} of shape {tuple(getattr(x, "shape", ()))} came; '
                          'give a batch of floating point samples (b, ...)')
     check_y(y, flow.classes, len(x))
 
-# %% ../nbs/07_denoise.ipynb #87af0442
+# %% ../nbs/07_denoise.ipynb #e0fcf726
 def denoise(flow:Flow, x:Tensor,         # (b, ...) noisy samples
             sigma:float,                 # of the noise that they carry: what the flow was trained with
             y=None, steps:int=1,         # labels; more steps go on towards a mode
             checkpoint:bool=False) -> Tensor: # (b, ...)
     "x + sigma^2 score(x): the mean of the clean image given the noisy one. TARFlow Eq. 7 and 8."
-    if not (isinstance(sigma, (int, float)) and sigma >= 0 and math.isfinite(sigma)):
-        raise ValueError(f'sigma: {sigma!r}; the standard deviation of the noise, 0 or more')
-    if not isinstance(steps, int) or steps < 0: raise ValueError(f'steps: {steps!r}; 0 or more')
+    sigma = check_number('sigma', sigma, 0); check_whole('steps', steps, 0); check_choice('checkpoint', checkpoint, (True, False))
     check_samples(flow, x, y)
     for _ in range(steps if sigma else 0): x = x + sigma**2 * score(flow, x, y, checkpoint)
     return x

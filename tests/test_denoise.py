@@ -74,7 +74,8 @@ def test_bad_input(args, says):
     flow = TarFlow(4, 1, 2, 8, 1, 1, 8, classes=3)
     with pytest.raises(ValueError, match=says): denoise(flow, torch.randn(3, 1, 4, 4), *args)
     with pytest.raises(ValueError, match='floating'): denoise(flow, torch.zeros(3, 1, 4, 4, dtype=torch.long), .1)
-    with pytest.raises(ValueError, match='takes images'): denoise(flow, torch.zeros(3, 1, 5, 5), .1)
+    for checkpoint in (False, True):
+        with pytest.raises(ValueError, match='takes images'): denoise(flow, torch.zeros(3, 1, 5, 5), .1, checkpoint=checkpoint)
 
 
 def test_threads_leave_the_parameters_of_a_model_alone():

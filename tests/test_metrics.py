@@ -277,7 +277,9 @@ def test_a_wrong_hash_is_refused_before_it_is_read(tmp_path, tried):
     torch.save({'w': Bomb(tmp_path/'exploded')}, path)
     for open_it in (read_weights, inception_extractor, lambda path, sha: make_extractor('inception', path, sha)):
         with pytest.raises(ValueError, match='bomb.pth has the sha256 .*was not read') as e: open_it(path, '0' * 64)
-    tried(times=4, said=e.value)
+    from flowbook.scripts import fid_stats
+    with pytest.raises(ValueError, match='bomb.pth has the sha256 .*was not read'): fid_stats.main(['--extractor', 'inception', '--weights', str(path), '--out', str(tmp_path/'s.safetensors')])
+    tried(times=5, said=e.value)
     sha = hashlib.sha256(path.read_bytes()).hexdigest()
     with pytest.raises(ValueError, match='bomb.pth holds more than tensors'): read_weights(path, sha)         # even with the right hash nothing runs
     assert not (tmp_path/'exploded').exists()
@@ -347,6 +349,7 @@ def test_lpips_without_its_weights_fails_with_a_sentence_and_works_with_them(mon
     with pytest.raises(ValueError, match='32x32'): reconstruction(digits()[:2], digits()[:2], 'lpips', net='alex')
 
 
+@pytest.mark.filterwarnings('ignore')                         # torch warns of a pickle of another protocol
 @pytest.mark.fault('malice', 'a pickle that runs code, in place of the weights of LPIPS', 'it is refused, the file is named; delete it, and it is fetched again')
 def test_a_pickle_in_place_of_the_weights_of_lpips(monkeypatch, tmp_path, tried):
     "torchvision's own loader would run it: it unpickles whatever lies in torch.hub's folder."
@@ -403,7 +406,7 @@ def test_two_processes_draw_and_judge_the_samples_of_one(tmp_path):
 @pytest.mark.parametrize('command,says', [
     (['evaluate', 'digits-0.1', '--save', 'nowhere.xyz/'], '--save'), (['evaluate', 'digits-0.1', '--device', 'abacus'], 'cpu, cuda or mps'), (['evaluate', 'digits-0.1', '--n', '1'], '2 images or more'),
     (['evaluate', 'digits-classifier'], 'DigitClassifier'), (['evaluate', 'mnist5k-0.2'], '--data: missing'), (['fid_stats', '--out', 'stats.npz'], '.safetensors'), (['fid_stats', '--batch-size', '0', '--out', 's.safetensors'], '1 or more'),
-    (['fid_stats', '--device', 'abacus', '--out', 's.safetensors'], '--device'), (['fid_stats', '--out', 'nowhere.xyz/s.safetensors/t.safetensors'], '--out')][:-1])
+    (['fid_stats', '--device', 'abacus', '--out', 's.safetensors'], '--device')])
 def test_mistakes_on_the_command_line_end_with_a_sentence_before_the_work(command, says, tmp_path, monkeypatch):
     import importlib
     module = importlib.import_module(f'flowbook.scripts.{command[0]}')

@@ -65,7 +65,7 @@ def test_bits_refuse(kw, says):
     flow, x = TarFlow(8, 1, 2, 8, 1, 1, 8), load('digits').batch(range(4))[0]
     with pytest.raises(ValueError, match=says): bits_per_dim(flow, x, **{'levels': 17, **kw})
     with pytest.raises(ValueError, match='without noise'): bits_per_dim(flow, x + .01, levels=17)
-    with pytest.raises(ValueError, match='give a dataset'): bits_per_dim(flow, x[0], levels=17)
+    with pytest.raises(ValueError, match='or a dataset'): bits_per_dim(flow, x[0], levels=17)
 
 
 def test_condition_of_a_linear_map_and_of_a_chain():
@@ -81,8 +81,8 @@ def test_broken_samples():
     assert is_broken(x).tolist() == [True, True, True, False, False] and is_broken(x, sigma=.4).tolist() == [True, True, False, False, False]
 
 
-@pytest.mark.parametrize('make,says', [(lambda: PointsFlow(torch.zeros(3, 2), -1.), 'above 0'), (lambda: PointsFlow(torch.zeros(3), 1.), 'this flow takes'), (lambda: GaussianNoise(-.1), '0 or more'),
-                                       (lambda: Dequantize(1), '2 or more'), (lambda: train_flow('digits-0.3'), 'choose of')])
+@pytest.mark.parametrize('make,says', [(lambda: PointsFlow(torch.zeros(3, 2), -1.), 'above 0'), (lambda: PointsFlow(torch.zeros(3), 1.), r'must be a tensor \(m, d\)'), (lambda: GaussianNoise(-.1), '0 or more'),
+                                       (lambda: Dequantize(1), '2 or more'), (lambda: train_flow('digits-0.3'), 'must be one of')])
 def test_bad_input(make, says):
     with pytest.raises(ValueError, match=says): make()
 

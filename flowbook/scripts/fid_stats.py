@@ -5,20 +5,18 @@
 # %% auto #0
 __all__ = ['join_ranks', 'add_source', 'can_write', 'pick_extractor', 'main', 'as_script', 'cli']
 
-# %% ../../nbs/16_fid_stats.ipynb #fe117421
+# %% ../../nbs/16_fid_stats.ipynb #1cd52f3c
 import argparse, os, sys, time
 from pathlib import Path
 import torch
 from torch import distributed as dist
-from ..data import load
-from ..metrics import INCEPTION_SHA256, collect, make_extractor, save_statistics
+from ..data import check_path, load
+from ..metrics import INCEPTION_SHA256, check_device, collect, make_extractor, save_statistics
 
-# %% ../../nbs/16_fid_stats.ipynb #8fd5f773
+# %% ../../nbs/16_fid_stats.ipynb #962dedaf
 def join_ranks(device:str) -> tuple: # -> (rank, device of this rank)
     "Under torchrun, join the other processes; otherwise there is one, rank 0."
-    try: torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f'--device: {device!r} cannot be used here ({str(e).splitlines()[0][:80]}); give cpu, cuda or mps') from None
+    check_device('--device', device)
     if int(os.environ.get('WORLD_SIZE', 1)) == 1: return 0, device
     if device.startswith('cuda'):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -38,13 +36,14 @@ def add_source(add) -> None:
     add('--batch-size', type=int, default=64, help='images at once (default: %(default)s)')
     add('--device', default='cpu', help='cpu, cuda or mps (default: %(default)s)')
 
-# %% ../../nbs/16_fid_stats.ipynb #68527365
+# %% ../../nbs/16_fid_stats.ipynb #dbf085b5
 def can_write(path:str, name:str) -> None:
     "ValueError now, rather than after the work, for a file that cannot be written; missing folders are made."
-    path = Path(path).expanduser()
+    path = check_path(name, path)
+    there = next(p for p in path.absolute().parents if p.exists())
+    if path.is_dir() or not there.is_dir() or not os.access(there, os.W_OK): raise ValueError(f'{name}: {path} is no file that can be written')
     try: path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise ValueError(f'{name}: {path.parent} cannot be made ({e.strerror})') from None
-    if path.is_dir() or not os.access(path.parent, os.W_OK): raise ValueError(f'{name}: {path} is no file that can be written')
 
 def pick_extractor(a, shape:tuple, device:str):
     "The extractor that `--extractor` asks for, given the shape (c, h, w) of the images."
