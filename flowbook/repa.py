@@ -108,7 +108,7 @@ def as_device(device) -> torch.device:   # named before weights are read
     try: return torch.device(device)
     except (RuntimeError, TypeError): raise ValueError(f"device: {device!r} came, must be a device of torch, such as 'cpu' or 'cuda'") from None
 
-# %% ../nbs/11_repa.ipynb #01bbbe46
+# %% ../nbs/11_repa.ipynb #82c8796d
 def encoder(name:str,           # 'dinov2-b', 'dinov2-l', 'clip-b', 'mae-b'; any timm ViT; 'digits', 'digits-labels'
             grid:tuple,         # (rows, columns) of the flow's tokens
             weights=None,       # a local file of the weights (for the digits: a folder); None: the shipped ones, or timm's
@@ -117,9 +117,9 @@ def encoder(name:str,           # 'dinov2-b', 'dinov2-l', 'clip-b', 'mae-b'; any
     "A frozen encoder whose patches are the tokens of a flow."
     grid, device, own = check_grid(grid), as_device(device), str(name) in DIGITS_ENCODERS
     if weights is not None:
-        there = Path(weights).expanduser() if isinstance(weights, (str, Path)) else None
-        if there is None or not (there.is_dir() if own else there.is_file()): raise ValueError(f'weights: there is no {"folder" if own else "file"} {weights}')
-        weights = there
+        if not isinstance(weights, (str, Path)) or not Path(weights).expanduser().exists(): raise ValueError(f'weights: there is no file {weights}')
+        weights = Path(weights).expanduser()
+        if weights.is_dir() != own: raise ValueError(f'weights: {weights} came, must be a {"folder" if own else "file"} for {name}')
     if own:
         net = DigitsViT.from_pretrained(weights or DIGITS_ENCODERS[name])
         return Encoder(net.vit, grid, net.config['patch'], name=name).to(device)
