@@ -180,7 +180,7 @@ class Chain(Flow):
 
     def parts(self): return [p for flow in self.flows for p in flow.parts()]
 
-# %% ../nbs/01_flows.ipynb #41233621
+# %% ../nbs/01_flows.ipynb #bf68eea9
 def zero_(layer:nn.Linear) -> nn.Linear:
     "Set weight and bias to zero: a flow whose last layer is zero starts as the identity."
     nn.init.zeros_(layer.weight); nn.init.zeros_(layer.bias)
@@ -188,7 +188,7 @@ def zero_(layer:nn.Linear) -> nn.Linear:
 
 def check_vector(x:Tensor, dim:int, name:str='x') -> None:
     "ValueError for what is not a batch of vectors of `dim` floating point numbers."
-    check_tensor(name, x, f'b {dim}')
+    check_tensor(name, x, f'b {dim}', what='as this flow takes them')
 
 def check_dtype(name:str, x:Tensor, w:Tensor) -> None: # a weight that x will meet
     "ValueError for float64 that meets another precision: NumPy's arrays are float64, models are not. (Half precision is autocast's affair.)"
@@ -457,7 +457,7 @@ class OnImages(Flow):
     def parts(self): return self.flow.parts()
     def sparsity(self): return self.flow.sparsity()
 
-# %% ../nbs/01_flows.ipynb #71a76542
+# %% ../nbs/01_flows.ipynb #8c72fc7e
 class Pretrained:
     "Save and load in the Hugging Face layout; needs `self.config`, the arguments of `__init__`."
     config: dict = {}
@@ -507,7 +507,8 @@ class Pretrained:
     @classmethod
     def least(cls, **config) -> int:
         "A model with this config has so many numbers or more: whatever a file says, no more memory is taken than its weights can explain."
-        return max([v for v in config.values() if isinstance(v, int)], default=0)
+        sizes = [Pretrained.least(**v) if isinstance(v, dict) else v for v in config.values()]
+        return max([v for v in sizes if isinstance(v, int)], default=0)
 
 # %% ../nbs/01_flows.ipynb #0ef8c60e
 def _read_pretrained(folder, kind:str):

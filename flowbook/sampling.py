@@ -363,7 +363,7 @@ def residual(flow:TarFlow, z:Tensor, stages:list, y=None, guidance:Guidance=None
             z = stage.tokens
     return out
 
-# %% ../nbs/09_sampling.ipynb #b378c140
+# %% ../nbs/09_sampling.ipynb #cc337413
 WINDOWS = (1, 4, 16, 64, 256)            # and n, which is Jacobi's
 
 def calibrate(flow:TarFlow, y=None, guidance:Guidance=None, tol:float=1e-5, b:int=8, seed:int=0) -> dict:
@@ -389,7 +389,7 @@ def calibrate(flow:TarFlow, y=None, guidance:Guidance=None, tol:float=1e-5, b:in
 def kept_passes(flow:TarFlow, kind:str): # 'plain' or 'guided'
     "The passes on the card, one table a block; None where there are none, or where the card holds something else: it came with a file."
     n, each = flow.z_shape[0], flow.card.get('passes')
-    def right(t): return isinstance(t, dict) and t and all(k.isdigit() and 1 <= int(k[:9]) <= n and isinstance(v, list) and len(v) == 2 and all(isinstance(p, int) and p > 0 for p in v) for k, v in t.items())
+    def right(t): return isinstance(t, dict) and t and all(k.isdecimal() and 1 <= int(k[:9]) <= n and isinstance(v, list) and len(v) == 2 and all(isinstance(p, int) and p > 0 for p in v) for k, v in t.items())
     table = each.get(kind) if isinstance(each, dict) else None
     return table if isinstance(table, list) and len(table) == len(flow.blocks) and all(map(right, table)) else None
 

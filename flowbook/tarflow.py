@@ -200,13 +200,13 @@ class TarBlock(Conditioner, Flow):
         before = (rank[None] < rank[:, None]).repeat_interleave(d, 0).repeat_interleave(d, 1)
         return before | torch.eye(n * d, dtype=torch.bool)
 
-# %% ../nbs/04_tarflow.ipynb #376bc03b
+# %% ../nbs/04_tarflow.ipynb #62b85f40
 class BlockFlow(Flow):
     "Images (b, c, h, w) -> tokens -> `self.blocks`, one by one -> latents (b, n, d). TARFlow Fig. 2."
     def check(self, x):
         c, h, w = self.image_shape
         if not isinstance(x, Tensor) or not x.is_floating_point() or tuple(x.shape[1:]) != (c, h, w):
-            came = f'{x.dtype} of shape {tuple(x.shape)}' if isinstance(x, Tensor) else type(x).__name__
+            came = f'shape {tuple(x.shape)} of {x.dtype}' if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f'x: {came} came; this flow takes images (b, {c}, {h}, {w}), floating point in [-1, 1]')
         check_dtype('x', x, next(self.parameters()))
 

@@ -1,6 +1,7 @@
 """The runner and the rule: what is on disk after a fault, what is refused, and what the statistics promise."""
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -18,6 +19,9 @@ from flowbook.scripts import experiment
 
 NAMES = list(ev.registry())
 RESULTS = Path(__file__).parent.parent / 'nbs/results'
+
+
+def evil(runs): return '{"experiment": "toy_of_a_test", "budget": "smoke", "configuration": {"width": 8, "deep": {"lr": 0.1}}, "runs": ' + runs + '}'
 
 
 @pytest.fixture
@@ -66,6 +70,7 @@ def test_resumes_after_an_interruption(toy, tmp_path):
     run(tmp_path, seeds=3); assert toy.calls[-1] == 5                                                        # nothing missing, nothing run
 
 
+@pytest.mark.fault('processes', 'an experiment is killed in the middle of a seed', 'the finished seeds are on disk, whole; the same command goes on with the one that is missing')
 def test_killed_in_the_middle_of_a_seed(tmp_path):
     script = textwrap.dedent('''
         import sys, time
@@ -95,14 +100,48 @@ def test_other_configuration_is_refused_by_its_key(toy, tmp_path):
     assert run(tmp_path, force=True, seeds=1)['configuration']['width'] == 16 and toy.calls == [0, 1, 2, 0]
 
 
+@pytest.mark.fault('disk', 'the result file of an experiment is cut off, empty, or damaged', 'refused, the file is named and left as it is, with force too; look at it, then delete it to run anew')
 @pytest.mark.parametrize('damage', [lambda t: t[:-30], lambda t: '', lambda t: '[]', lambda t: t.replace('"runs"', '"walks"'), lambda t: t.replace('"seed": 1', '"seed": "one"'), lambda t: '\x00' * 100])
-def test_damaged_file_is_named_and_left_alone(toy, tmp_path, damage):
+def test_damaged_file_is_named_and_left_alone(toy, tmp_path, damage, tried):
     run(tmp_path)
     path = tmp_path / 'toy_of_a_test.smoke.json'
     path.write_text(bad := damage(path.read_text()))
     for call in (lambda: run(tmp_path), lambda: run(tmp_path, force=True), lambda: ev.load_result('toy_of_a_test', 'smoke', tmp_path)):
-        with pytest.raises(ValueError, match='toy_of_a_test.smoke.json'): call()
+        with pytest.raises(ValueError, match='toy_of_a_test.smoke.json') as e: call()
+    tried(times=3, said=e.value)
     assert path.read_text() == bad and toy.calls == [0, 1, 2]
+
+
+@pytest.mark.fault('malice', 'a result file with a pickle, numbers that are none, other keys, no seeds, or brackets a million deep', 'refused, the file is named, nothing runs; the listing calls it damaged')
+@pytest.mark.parametrize('text', [pickle.dumps({'runs': []}).decode('latin-1'), '[' * 10**6, '{"a":' * 10**5, evil('[]'), evil('[{"seed": 0, "result": {"v": NaN}}]'), evil('[{"seed": 0, "result": {"v": "1"}}]'), evil('[{"seed": 0, "result": {"v": null}}]'), evil('[{"seed": 0, "result": {}}, 3]'), evil('[{"seed": true, "result": {}}]')])
+def test_a_result_file_of_others_is_held_to_what_we_write(toy, tmp_path, text, tried, capsys):
+    path = tmp_path / 'toy_of_a_test.smoke.json'
+    path.write_text(text, encoding='latin-1')
+    for call in (lambda: run(tmp_path), lambda: run(tmp_path, force=True), lambda: ev.load_result('toy_of_a_test', 'smoke', tmp_path)):
+        with pytest.raises(ValueError, match='toy_of_a_test.smoke.json') as e: call()
+    tried(times=4, said=e.value)
+    assert experiment.main(['--list', '--out', str(tmp_path)]) == 0 and 'smoke: the file is damaged' in capsys.readouterr().out
+    assert toy.calls == [] and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.fault('malice', 'the results of an experiment lack what its verdict reads', 'the verdict is refused by name, and the listing calls the file damaged; run the experiment anew')
+def test_results_that_cannot_be_judged(toy, tmp_path, tried, capsys):
+    run(tmp_path)
+    path = tmp_path / 'toy_of_a_test.smoke.json'
+    path.write_text(path.read_text().replace('"v"', '"w"'))
+    with pytest.raises(ValueError, match='record: .*toy_of_a_test') as e: ev.verdicts(ev.load_result('toy_of_a_test', 'smoke', tmp_path))
+    tried(times=3, said=e.value)
+    assert experiment.main(['--list', '--out', str(tmp_path)]) == 0 and 'smoke: the file is damaged' in capsys.readouterr().out
+    assert experiment.main(['toy_of_a_test', '--out', str(tmp_path)]) == 2 and 'do not hold what its verdict reads' in capsys.readouterr().err
+
+
+@pytest.mark.fault('malice', 'the name of an experiment leads out of the folder of results', 'refused: a name is letters, digits and _')
+@pytest.mark.parametrize('name', ['../secret', '/etc/passwd', 'a/b', '..', 'a\0b', ''])
+def test_no_name_leads_out_of_the_folder(tmp_path, name, tried):
+    (tmp_path / 'secret.smoke.json').write_text('{}'); (tmp_path / 'out').mkdir()
+    for call in (lambda: ev.load_result(name, 'smoke', tmp_path / 'out'), lambda: ev.run(name, out=tmp_path / 'out'), lambda: ev.result_path(name, 'smoke', tmp_path / 'out')):
+        with pytest.raises(ValueError, match='name: ') as e: call()
+    tried(times=3, said=e.value)
 
 
 @pytest.mark.parametrize('value,place', [({'loss': float('nan')}, 'seed 0.loss is nan'), ({'a': {'b': [1., float('inf')]}}, r'a\.b\[1\] is inf'), ({'t': torch.ones(2)}, 'Tensor'), ({3: 1.}, 'not text'), ({'s': 'x'}, 'plain numbers'), ([1.], 'returned list'), (None, 'returned NoneType')])
@@ -112,6 +151,7 @@ def test_results_are_finite_numbers(toy, tmp_path, value, place):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.fault('disk', 'the disk is full while a result is written', 'the old file stays, whole, and nothing half-written beside it; free space, then run the same command')
 def test_a_failed_write_leaves_the_old_file(toy, tmp_path, monkeypatch):
     run(tmp_path, seeds=1)
     path = tmp_path / 'toy_of_a_test.smoke.json'

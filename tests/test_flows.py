@@ -122,17 +122,142 @@ def test_loading_names_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match='not JSON'): TarFlow.from_pretrained(tmp_path/'ok')
 
 
-def test_a_pickle_is_never_opened(tmp_path):
+class Evil: # makes a folder where it is unpickled
+    def __init__(self, place): self.place = str(place)
+    def __reduce__(self):
+        import os
+        return os.mkdir, (self.place,)
+
+
+def small(tmp_path):
+    TarFlow(4, 1, 2, 16, 2, 1, 8).save_pretrained(tmp_path/'m', card={'sigma': .1})
+    return tmp_path/'m'
+
+
+def refused(folder, file): # -> what was said
+    with pytest.raises(ValueError) as e: TarFlow.from_pretrained(folder)
+    assert str(folder/file) in str(e.value) and len(str(e.value)) < 1000
+    return str(e.value)
+
+
+@pytest.mark.fault('malice', "a pickle in the place of a model's weights", 'refused by name, and never run: weights are safetensors, which hold numbers alone; take the model from its source again')
+def test_a_pickle_is_never_opened(tmp_path, tried):
     "A pickle in the place of the weights is refused, and does not run."
-    import os, pickle
-    class Evil:
-        def __reduce__(self): return (os.mkdir, (str(tmp_path/'owned'),))
-    TarFlow(4, 1, 2, 16, 2, 1, 8).save_pretrained(tmp_path/'m')
-    (tmp_path/'m'/'model.safetensors').write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(ValueError, match='cannot be read'): TarFlow.from_pretrained(tmp_path/'m')
-    (tmp_path/'m'/'model.safetensors').rename(tmp_path/'m'/'pytorch_model.bin')
-    with pytest.raises(ValueError, match='cannot be read'): TarFlow.from_pretrained(tmp_path/'m')
+    import pickle
+    m, owned = small(tmp_path), tmp_path/'owned'
+    for evil in (pickle.dumps(Evil(owned)), pickle.dumps({'blocks.0.pos_embed': Evil(owned)})):
+        (m/'model.safetensors').write_bytes(evil)
+        tried(times=3, said=refused(m, 'model.safetensors'))
+    torch.save({'w': Evil(owned)}, m/'model.safetensors')        # a zip of a pickle, as torch writes it
+    refused(m, 'model.safetensors')
+    (m/'model.safetensors').rename(m/'pytorch_model.bin')         # and it is not looked for under another name
+    refused(m, 'model.safetensors')
+    assert not owned.exists()
+
+
+@pytest.mark.fault('malice', 'a published TARFlow checkpoint that is a pickle with a command in it', 'torch.load(weights_only=True), which the book asks for, refuses it; a path instead of tensors is refused by from_ml_tarflow')
+def test_a_published_checkpoint_is_never_unpickled(tmp_path, tried):
+    import pickle
+    torch.save({'blocks.0.pos_embed': Evil(tmp_path/'owned')}, tmp_path/'imagenet.pth')
+    with pytest.raises(pickle.UnpicklingError): torch.load(tmp_path/'imagenet.pth', weights_only=True)
+    for given in (tmp_path/'imagenet.pth', str(tmp_path/'imagenet.pth'), (tmp_path/'imagenet.pth').read_bytes(), Evil(tmp_path/'owned')):
+        with pytest.raises(ValueError, match='weights_only=True') as e: TarFlow.from_ml_tarflow(given)
+    tried(times=5, said=e.value)
     assert not (tmp_path/'owned').exists()
+
+
+@pytest.mark.fault('disk', "a model's weights are cut off, empty, rubbish, or a folder", 'refused, the file is named; save or download it again')
+@pytest.mark.parametrize('damage', [lambda b: b[:len(b) // 2], lambda b: b[:7], lambda b: b'', lambda b: b'\xff' * 100, lambda b: (2**63).to_bytes(8, 'little') + b[8:], lambda b: b[:8] + b'[' * (len(b) - 8), None],
+                         ids=['half', 'seven bytes', 'empty', 'rubbish', 'a header of 2^63 bytes', 'brackets', 'a folder'])
+def test_damaged_weights_are_named(tmp_path, damage, tried):
+    m = small(tmp_path)
+    path, b = m/'model.safetensors', (m/'model.safetensors').read_bytes()
+    path.unlink()
+    path.write_bytes(damage(b)) if damage else path.mkdir()
+    tried(said=refused(m, 'model.safetensors'))
+
+
+@pytest.mark.fault('disk', "single bits flip in a model's config.json, card.json, or the header of its weights", 'it is refused and the file is named, or what was read is still a whole model; take it from its source again')
+@pytest.mark.parametrize('file', ['config.json', 'card.json', 'model.safetensors'])
+def test_flipped_bits_are_named_or_harmless(tmp_path, file, tried):
+    import random
+    m, rng, whole = small(tmp_path), random.Random(0), 0
+    b = (m/file).read_bytes()
+    for _ in range(40):
+        i = rng.randrange(min(len(b), 2000))
+        (m/file).write_bytes(b[:i] + bytes([b[i] ^ 1 << rng.randrange(8)]) + b[i + 1:])
+        try: assert TarFlow.from_pretrained(m).sample(1).shape == (1, 1, 4, 4); whole += 1
+        except ValueError as e: assert str(m) in str(e); said = e
+    tried(times=40, said=said)
+    assert whole < 40
+
+
+def evil_config(**more):
+    import json
+    return json.dumps({'_class_name': 'TarFlow', 'image_size': 4, 'channels': 1, 'patch_size': 2, 'dim': 16, 'blocks': 2, 'layers': 1, 'head_dim': 8, **more})
+
+
+@pytest.mark.fault('malice', 'a config.json of other kinds: no object, other keys, texts for numbers, brackets a million deep, 65 MB of blanks', 'refused, the file is named, and nothing is built')
+@pytest.mark.parametrize('text', ['', '[]', '3', 'null', '\x00' * 100, '{"image_size": 4}', evil_config(colour='red'), evil_config(dim='16'), evil_config(layers=['one', 1]), evil_config(orders=[[0, 0, 0, 0], 'reverse']), evil_config(orders={'a': 1}), evil_config(image_size=None),
+                                  evil_config(patch_size=0), evil_config(dim=-16), evil_config(dim=1e300), evil_config(dim=float('nan')), evil_config(self=1), evil_config(kind='__import__'), evil_config(blocks=True), '[' * 10**6, '{"a":' * 10**5, ' ' * 65 * 2**20])
+def test_a_config_of_another_kind_is_refused(tmp_path, text, tried):
+    m = small(tmp_path)
+    (m/'config.json').write_text(text)
+    tried(said=refused(m, 'config.json'))
+
+
+@pytest.mark.fault('malice', 'a config.json that asks for a model of a billion numbers, beside weights of a few thousand', 'refused before any memory is taken: a model may have no more numbers than its weights')
+@pytest.mark.parametrize('huge', [dict(dim=8 * 10**8), dict(dim=80_000), dict(blocks=10**9), dict(layers=10**9), dict(layers=[1, 10**9]), dict(image_size=2 * 10**6), dict(image_size=[2, 10**12]), dict(channels=10**10), dict(classes=10**9), dict(head_dim=10**12, dim=10**12),
+                                  dict(image_size=2 * 10**5, patch_size=10**5), dict(blocks=10**18), dict(image_size=10**30)], ids=str)
+def test_a_config_may_not_ask_for_more_than_its_weights(tmp_path, huge, tried):
+    import resource, time
+    m = small(tmp_path)
+    (m/'config.json').write_text(evil_config(**huge))
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    tried(said=refused(m, 'config.json'))
+    assert time.process_time() - began < 1 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 2**10     # kilobytes
+
+
+@pytest.mark.fault('malice', "weights whose tensors have other names, other shapes, or are no floats", 'refused, the file and the first of these tensors are named')
+@pytest.mark.parametrize('change,says', [(lambda s: s.pop('blocks.0.pos_embed'), 'missing: blocks.0.pos_embed'), (lambda s: s.update(more=torch.ones(1)), 'unknown: more'), (lambda s: s.update({'blocks.1.proj_in.bias': torch.ones(17)}), r'wrong shape: blocks.1.proj_in.bias \(17,\) instead of \(16,\)'),
+                                         (lambda s: s.update({'blocks.1.proj_in.bias': torch.ones(16, dtype=torch.int64)}), 'no floats: blocks.1.proj_in.bias'), (lambda s: s.update({'x' * 5000: torch.ones(1)}), 'unknown: x{80}$'), (lambda s: s.clear(), 'config.json')])
+def test_tensors_that_do_not_fit_are_named(tmp_path, change, says, tried):
+    from safetensors.torch import load_file, save_file
+    m = small(tmp_path)
+    state = load_file(m/'model.safetensors')
+    change(state)
+    save_file(state, m/'model.safetensors')
+    with pytest.raises(ValueError, match=says) as e: TarFlow.from_pretrained(m)
+    assert str(m) in str(e.value)
+    tried(said=e.value)
+
+
+@pytest.mark.fault('disk', "a model's card.json is damaged", 'refused, the file is named; without the file the model loads, but says nothing of its noise')
+@pytest.mark.parametrize('text', ['', '{"sigma": .', '[1]', '"sigma"', '\x80'])
+def test_a_damaged_card_is_named(tmp_path, text, tried):
+    m = small(tmp_path)
+    (m/'card.json').write_text(text, encoding='latin-1')
+    tried(said=refused(m, 'card.json'))
+    (m/'card.json').unlink()
+    assert TarFlow.from_pretrained(m).card == {}
+
+
+@pytest.mark.fault('malice', 'a card.json with texts, negative numbers or huge tables where the samplers look for numbers', 'numbers are refused by name when they are needed; a table of passes that is none is measured anew')
+def test_a_card_of_another_kind_breaks_no_sampler(tmp_path, tried):
+    import json
+    from flowbook import sampling as S
+    m, wanted = small(tmp_path), None
+    for passes in (3, {'plain': 3}, {'plain': [{}, {}]}, {'plain': [{'1': [0, 0]}] * 2}, {'plain': [{'many': [1, 1]}] * 2}, {'plain': [{str(10**12): [1, 1]}] * 2}, {'plain': [{'9' * 5000: [1, 1]}] * 2}, {'plain': [[1, 2]] * 2}):
+        (m/'card.json').write_text(json.dumps({'passes': passes}))
+        flow = TarFlow.from_pretrained(m)
+        assert S.kept_passes(flow, 'plain') is None
+        x = S.sample(flow, 2, generator=torch.Generator().manual_seed(0))
+        assert wanted is None or torch.allclose(x, wanted, atol=1e-5)
+        wanted = x
+    for key, v in (('sigma', 'much'), ('sigma', -1.), ('reach', [1]), ('reach', float('nan'))):
+        (m/'card.json').write_text(json.dumps({key: v}))
+        with pytest.raises(ValueError, match=f'card: {key}') as e: S.sample(TarFlow.from_pretrained(m), 2, denoise=True if key == 'sigma' else None, solver='sequential')
+    tried(times=12, said=e.value)
 
 
 FLOWS = {'coupling': lambda: RealNVP(4, 8, classes=3), 'MAF': lambda: MAF(4, 8, classes=3), 'TARFlow': lambda: TarFlow(4, 1, 2, 16, 2, 1, 8, classes=3),

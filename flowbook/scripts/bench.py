@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'TRAINING', 'ALIGNING', 'SOLVERS', 'race', 'ratio', 'peak_memory', 'matmul_rate', 'operations',
-           'bench_sampling', 'bench_training', 'bench_alignment', 'parser', 'whole', 'pick_models', 'fresh', 'line',
-           'aligned_line', 'report', 'main', 'cli']
+           'check_bench', 'bench_sampling', 'bench_training', 'bench_alignment', 'parser', 'whole', 'pick_models',
+           'fresh', 'line', 'aligned_line', 'report', 'main', 'cli']
 
-# %% ../../nbs/16_bench.ipynb #ccd87140
+# %% ../../nbs/16_bench.ipynb #c8f2ab0e
 import argparse, copy, math, os, statistics, sys, time
 from functools import partial
-from pathlib import Path
 import torch
-from ..evidence import provenance, write_atomic
+from ..data import check_choice, check_whole
+from ..evidence import as_file, provenance, write_atomic
+from ..flows import as_device, check_module
 from ..guidance import ClassGuidance, Guidance
 from ..repa import Alignment, Detach, Forward, Reverse, ReverseSequential
 from ..sampling import invert, naive_inverse, plain_nll, textbook_inverse, trajectory
@@ -73,12 +74,16 @@ def operations(flow:TarFlow, b:int, passes:int=1) -> float:
     ends = len(flow.blocks) * 2 * 3 * flow.z_shape[1] * dim                            # proj_in, proj_out
     return passes * b * (n - 1) * (layers * (24 * dim**2 + 4 * dim * n / 2) + ends)
 
-# %% ../../nbs/16_bench.ipynb #f2d3b330
+# %% ../../nbs/16_bench.ipynb #2166d464
+def check_bench(flow, b, rounds) -> None:
+    check_module('flow', flow, TarFlow); check_whole('b', b); check_whole('rounds', rounds)
+
 def bench_sampling(flow:TarFlow, b:int, guidance:Guidance=None, rounds:int=5, dtype=None, tol:float=1e-5, naive:bool=True, seed:int=0) -> dict:
     "All samplers on the same latents: speed against the textbook's, passes, error of a sample (against float64), memory, share of the matrix rate."
+    check_bench(flow, b, rounds); check_whole('seed', seed, 0); check_choice('naive', naive, (False, True))
     device, n, T = next(flow.parameters()).device, flow.z_shape[0], len(flow.blocks)
     z, y = flow.draw(b, torch.Generator().manual_seed(seed)), (torch.arange(b) % flow.classes).to(device) if flow.classes else None
-    if guidance is not None and y is None: raise ValueError('guidance: class guidance needs a flow with classes')
+    trajectory(flow, z, y, guidance, 'sequential', tol, dtype)                         # looks at its arguments, and runs nothing yet
     runs = {'textbook': partial(textbook_inverse, flow, z, y, guidance)}
     runs |= {s: partial(invert, flow, z, y, guidance, s, tol, dtype) for s in SOLVERS}
     times, exact = race(runs, rounds, device), copy.deepcopy(flow).double()
@@ -99,9 +104,10 @@ def bench_sampling(flow:TarFlow, b:int, guidance:Guidance=None, rounds:int=5, dt
         if name != 'textbook': out[name]['passes'] = passes(name)
     return {'tokens': n, 'batch': b, 'guided': guidance is not None, 'steps': T * (n - 1), 'threads': torch.get_num_threads(), 'samplers': out}
 
-# %% ../../nbs/16_bench.ipynb #4df98299
+# %% ../../nbs/16_bench.ipynb #96f53d3f
 def bench_training(flow:TarFlow, b:int, rounds:int=7) -> dict:
     "Forward and backward pass: ours against a plain one with an explicit mask, and under bf16 autocast."
+    check_bench(flow, b, rounds)
     device = next(flow.parameters()).device
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(b, *flow.image_shape, generator=g).to(device), (torch.arange(b) % flow.classes).to(device) if flow.classes else None
@@ -118,9 +124,10 @@ def bench_training(flow:TarFlow, b:int, rounds:int=7) -> dict:
         k: {'speed': ratio(times, k, 'plain, mask'), 'ms': 1e3 * statistics.median(t['wall']), 'cpu_ms': 1e3 * statistics.median(t['cpu']),
             'rate': 3 * operations(flow, b) / statistics.median(t['wall']) / rate[k]} for k, t in times.items()}}
 
-# %% ../../nbs/16_bench.ipynb #415e0892
+# %% ../../nbs/16_bench.ipynb #5f70410a
 def bench_alignment(flow:TarFlow, b:int, rounds:int=5, layer:int=6, sequential:bool=True) -> dict:
     "A training step with every strategy, against the plain one: time, counted operations of the linear layers, memory."
+    check_bench(flow, b, rounds); check_whole('layer', layer, 1, len(flow.blocks[-1].layers)); check_choice('sequential', sequential, (False, True))
     from torch.utils.flop_counter import FlopCounterMode
     device, n, dim = next(flow.parameters()).device, flow.z_shape[0], flow.config['dim']
     T, g = len(flow.blocks), torch.Generator().manual_seed(0)
@@ -217,7 +224,7 @@ def report(r:dict, name:str) -> str:
     head = f'{name}: {r["tokens"]} tokens, {what}, {r["threads"]} thread{"s" * (r["threads"] > 1)}'
     return '\n'.join([head] + [line(k, v) for k, v in (r.get('samplers') or r['steps']).items()])
 
-# %% ../../nbs/16_bench.ipynb #6ff45f83
+# %% ../../nbs/16_bench.ipynb #36b750bd
 def main(argv=None) -> dict:
     "Measure, print every table as soon as it is there, and return (or write) all of them."
     a = parser().parse_args(argv)
@@ -225,13 +232,15 @@ def main(argv=None) -> dict:
     threads = [torch.get_num_threads() if t == 'all' else whole(t, '--threads')[0] for t in a.threads.split(',')]
     flows, dtype, before = pick_models(a), torch.bfloat16 if a.dtype == 'bf16' else None, torch.get_num_threads()
     if a.train < 0 or a.align < 0: raise ValueError(f'--train, --align: {a.train}, {a.align}; a batch size is 1 or more')
+    guided, place = ClassGuidance(a.w), as_device('--device', a.device)                # what cannot be is said before anything is measured
+    file = a.json if a.json is None else as_file(a.json or f'nbs/results/bench.{place.type}.json')
     results = []
     try:
         for k in dict.fromkeys(threads):
             torch.set_num_threads(k)
             for name, flow in flows.items():
                 for b in batches:
-                    for guidance in (None, *([ClassGuidance(a.w)] if flow.classes else [])):
+                    for guidance in (None, *([guided] if flow.classes else [])):
                         results.append({'model': name, **bench_sampling(flow, b, guidance, rounds, dtype, a.tol, a.naive)})
                         print(report(results[-1], name), flush=True)
             for size in (a.fresh,) if a.fresh and a.train else TRAINING if a.train else ():
@@ -243,8 +252,7 @@ def main(argv=None) -> dict:
                 print(report(results[-1], size), flush=True)
     finally: torch.set_num_threads(before)
     out = {'command': ' '.join(['flowbook_bench', *(sys.argv[1:] if argv is None else argv)]), **provenance('gpu' if a.device.startswith('cuda') else 'laptop'), 'results': results}
-    if a.json is not None:
-        file = Path(a.json) if a.json else Path('nbs/results')/f'bench.{torch.device(a.device).type}.json'
+    if file is not None:
         write_atomic(file, out)
         print(f'written to {file}')
     return out
