@@ -302,7 +302,7 @@ def test_damaged_settings_are_named(make, monkeypatch, capsys, content, tried):
     assert not (root/'_site').exists() and not (root/'README.md').exists()
 
 @pytest.mark.fault('malice', 'a notebook names its figure so that it would be written outside of the site', 'it is written inside, under its last name, or refused; nothing to do')
-@pytest.mark.parametrize('name', ['../../../out.png', '/tmp/../out.png', 'a/b.png'])
+@pytest.mark.parametrize('name', ['../../../out.png', '/out.png', 'a/b.png'])
 def test_a_figure_is_written_inside_the_site(make, tmp_path, name):
     cell = figure()
     cell.outputs[0].metadata['filename'] = name
@@ -310,7 +310,7 @@ def test_a_figure_is_written_inside_the_site(make, tmp_path, name):
     before = {p for p in tmp_path.rglob('*')}
     try: book.pages(root, tmp_path/'a'/'b'/'site')
     except ValueError as e: assert 'outside of the site' in str(e)           # an older nbconvert keeps the whole name
-    assert all(tmp_path/'a' in (p, *p.parents) for p in set(tmp_path.rglob('*')) - before) and not Path('/tmp/out.png').exists()
+    assert all(tmp_path/'a' in (p, *p.parents) for p in set(tmp_path.rglob('*')) - before) and not Path('/out.png').exists()
     assert {p for p in (tmp_path/'a'/'b').iterdir()} <= {tmp_path/'a'/'b'/'site'}
 
 def test_as_a_module_it_is_the_command(tmp_path):
