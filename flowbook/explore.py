@@ -78,7 +78,7 @@ def guidance_of(s:Setting):          # None without guidance
     temperature = TemperatureGuidance(s.w, s.tau, s.schedule)       # looks at all three, needed or not
     return {'none': None, 'temperature': temperature, 'class': ClassGuidance(s.w, s.schedule), 'star': StarGuidance(s.w, s.schedule)}[s.kind]
 
-# %% ../nbs/17_explore.ipynb #c8e10034
+# %% ../nbs/17_explore.ipynb #c553e68b
 class Flows:
     "Named flows, what is known of each, and the doors that a setting has to pass."
     def __init__(self, flows,            # a TarFlow, or a dict: name -> TarFlow
@@ -102,7 +102,7 @@ class Flows:
         "The labels of the samples."
         flow = self.flow(s.model)
         if not flow.classes: return None
-        check_whole('label', s.label, -1, flow.classes - 1, f'a class of this flow, 0 to {flow.classes - 1}, or -1 for all in turn')
+        check_whole('label', s.label, -1, flow.classes - 1, f'one of the classes 0 to {flow.classes - 1} of this flow, or -1 for all in turn')
         y = torch.arange(self.n) % flow.classes if s.label == -1 else torch.full((self.n,), s.label)
         return y.to(next(flow.parameters()).device)
 

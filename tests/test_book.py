@@ -270,6 +270,54 @@ def test_run_names_what_took_too_long_or_died(tmp_path):
     assert book.run_notebook(path).startswith('b.ipynb: cell 2 of 2 failed: Kernel died')
 
 
+# damaged files
+
+BAD = {'bytes': bytes(range(256)), 'empty': b'', 'cut off': b'{"cells": [{"cell_type": "code", "sour', 'nested': b'[' * 100_000, 'list': b'[]', 'null': b'null', 'cells': b'{"cells": 3, "nbformat": 4, "nbformat_minor": 5, "metadata": {}}',
+       'no source': b'{"cells": [{"cell_type": "code", "metadata": {}}], "nbformat": 4, "nbformat_minor": 5, "metadata": {}}', 'no notebook': b'{"a": 1}'}
+
+@pytest.mark.fault('malice', 'a notebook of the book is rubbish, cut off, or a file of another kind', 'the tools name the file and the reason, run nothing and write nothing; take the file from git')
+@pytest.mark.parametrize('kind', BAD)
+def test_a_damaged_notebook_is_named(make, monkeypatch, capsys, kind, tried):
+    root = make(**{'01_x': ['# X']})
+    (bad := root/'nbs'/'02_bad.ipynb').write_bytes(BAD[kind])
+    monkeypatch.chdir(root)
+    before = sorted(root.rglob('*'))
+    for f in (book.read_notebook, book.processed, book.exercises, book.make_page, book.run_notebook, lambda p: book.run([root/'nbs'/'01_x.ipynb', p])):
+        with pytest.raises(ValueError, match='02_bad.ipynb is no notebook') as e: f(bad)
+    tried(said=str(e.value))
+    for line in (['exercises'], ['run', 'nbs/02_bad.ipynb'], ['pages']):
+        assert book.main(line) == 2 and '02_bad.ipynb' in capsys.readouterr().err
+    assert bad.read_bytes() == BAD[kind] and [p for p in sorted(root.rglob('*')) if p not in before] == []
+
+@pytest.mark.fault('malice', 'settings.ini is rubbish, or says nothing of what the tools need', 'it is named, and nothing is written; take the file from git')
+@pytest.mark.parametrize('content', [bytes(range(256)), b'', b'[DEFAULT]\nnbs_path = nbs\n', b'nbs_path = nbs\n', b'[DEFAULT]\nnbs_path = nbs\nnbs_path = nbs\n'])
+def test_damaged_settings_are_named(make, monkeypatch, capsys, content, tried):
+    root = make(index=INDEX)
+    (root/'settings.ini').write_bytes(content)
+    monkeypatch.chdir(root)
+    with pytest.raises(ValueError, match='root: .*settings.ini') as e: book.settings(root)
+    tried(said=str(e.value))
+    for line in (['check'], ['pages'], ['readme'], ['exercises']):
+        assert book.main(line) == 2 and 'settings.ini' in capsys.readouterr().err
+    assert not (root/'_site').exists() and not (root/'README.md').exists()
+
+@pytest.mark.fault('malice', 'a notebook names its figure so that it would be written outside of the site', 'it is written inside, under its last name, or refused; nothing to do')
+@pytest.mark.parametrize('name', ['../../../out.png', '/out.png', 'a/b.png'])
+def test_a_figure_is_written_inside_the_site(make, tmp_path, name):
+    cell = figure()
+    cell.outputs[0].metadata['filename'] = name
+    root = make(index=['# Book', cell])
+    before = {p for p in tmp_path.rglob('*')}
+    try: book.pages(root, tmp_path/'a'/'b'/'site')
+    except ValueError as e: assert 'outside of the site' in str(e)           # an older nbconvert keeps the whole name
+    assert all(tmp_path/'a' in (p, *p.parents) for p in set(tmp_path.rglob('*')) - before) and not Path('/out.png').exists()
+    assert {p for p in (tmp_path/'a'/'b').iterdir()} <= {tmp_path/'a'/'b'/'site'}
+
+def test_as_a_module_it_is_the_command(tmp_path):
+    r = subprocess.run([sys.executable, '-m', 'flowbook.book', 'check'], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    assert r.returncode == 2 and 'settings.ini' in r.stderr
+
+
 # check
 
 @pytest.fixture

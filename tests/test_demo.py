@@ -66,11 +66,12 @@ def test_nothing_is_overwritten(tmp_path, monkeypatch):
     assert (tmp_path/'out'/'report.json').exists() and (tmp_path/'out-2'/'report.json').exists()
 
 
+@pytest.mark.fault('configuration', 'a command line of flowbook_demo that cannot be', 'it ends with one sentence that names the mistake, before the first step; type it again')
 @pytest.mark.parametrize('argv,says', [
     (['--data', 'digit'], "did you mean 'digits'"), (['--data', 'folder'], 'needs --root'), (['--data', 'folder', '--root', 'nowhere', '--image-size', '8'], 'nowhere'),
     (['--patch-size', '3'], 'does not divide'), (['--sigma', '-1'], 'standard deviation'), (['--device', 'abacus'], 'auto or cpu'),
     (['--steps', '-5'], 'steps'), (['--steps', '0'], 'steps'), (['--lr', '0'], 'lr'), (['--batch-size', '0'], 'batch'), (['--dim', '50', '--layers', '0'], 'layers'),
-    (['--image-size', '7'], 'one patch'), (['--threads', '-1'], 'threads'), (['--out', 'pytest.ini/x'], '--out')])
+    (['--image-size', '7'], 'one patch'), (['--threads', '-1'], 'threads'), (['--seed', '-1'], '--seed'), (['--batch-size', '-3'], '--batch-size'), (['--blocks', '0'], '--blocks'), (['--simflow', '--steps', '0'], '--steps'), (['--image-size', '0'], '--image-size'), (['--patch-size', '0'], '--patch-size'), (['--dim', str(10**12)], '--dim'), (['--out', 'pytest.ini/x'], '--out')])
 def test_mistakes_end_with_a_sentence(argv, says, tmp_path, monkeypatch, capsys):
     (tmp_path/'pytest.ini').write_text('a file, not a folder')
     monkeypatch.chdir(tmp_path)
@@ -79,6 +80,7 @@ def test_mistakes_end_with_a_sentence(argv, says, tmp_path, monkeypatch, capsys)
     assert says in str(e.value) and '\n' not in str(e.value) and 'step' not in out.replace('steps', '') and not (tmp_path/'never').exists()
 
 
+@pytest.mark.fault('data', 'a file of images is no image', 'it is named and the command ends before training; remove or mend the file')
 def test_a_broken_image_is_named(tmp_path):
     "And the process ends with that sentence alone."
     make_images(tmp_path/'mine', n=5)
@@ -87,6 +89,7 @@ def test_a_broken_image_is_named(tmp_path):
     assert 'bad.png' in r.stderr and 'Traceback' not in r.stderr
 
 
+@pytest.mark.fault('processes', 'Ctrl-C in the middle of the demonstration', 'what was learned is measured and kept; nothing to do')
 def test_interrupting_keeps_what_was_learned(tmp_path):
     import signal
     p = subprocess.Popen([*SCRIPT, '--steps', '100000', '--out', 'out', '--device', 'cpu'], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -98,6 +101,7 @@ def test_interrupting_keeps_what_was_learned(tmp_path):
     assert TarFlow.from_pretrained(tmp_path/'out'/'checkpoint').card['note'].startswith('stopped by hand')
 
 
+@pytest.mark.fault('numbers', 'samples overflow while they are judged', 'they are left out and counted, the checkpoint is kept; lower the learning rate')
 def test_broken_samples_count_as_no_digits():
     "A flow that overflows must not cost its checkpoint: the judge counts, it does not stop."
     from flowbook.scripts.demo import judge_samples

@@ -9,6 +9,7 @@ import torch
 
 from flowbook.data import load
 from flowbook.metrics import DigitClassifier, digit_classifier
+from flowbook.scripts import remake
 from flowbook.scripts.remake import RECIPES
 from flowbook.flows import weights_folder
 
@@ -22,6 +23,18 @@ def test_every_shipped_checkpoint_has_a_recipe_and_a_card():
     for name in shipped:
         weights = 'diffusion_pytorch_model' if name == 'digits-vae' else 'model'                                # diffusers' own name
         assert {'README.md', 'card.json', 'config.json', f'{weights}.safetensors'} == {p.name for p in (weights_folder()/name).iterdir()}
+
+
+@pytest.mark.fault('configuration', 'a command line of flowbook_remake that cannot be', 'it ends with one sentence that names the mistake, before minutes of training; type it again')
+@pytest.mark.parametrize('line, says', [('digits-clasifier', "did you mean 'digits-classifier'"), ('digits-0.1 --seed -1', '--seed'), ('digits-0.1 --steps 0', '--steps'), ('digits-0.1 --threads 0', '--threads'), ('digits-0.1 --out taken', '--out')])
+def test_mistakes_end_with_a_sentence(line, says, tmp_path, monkeypatch, tried):
+    monkeypatch.chdir(tmp_path)
+    Path('taken').write_text('a file')
+    monkeypatch.setitem(RECIPES, 'digits-0.1', (lambda **k: pytest.fail('the training began'), ''))
+    monkeypatch.setattr(sys, 'argv', ['flowbook_remake', *line.split()])
+    with pytest.raises(SystemExit) as e: remake.cli()
+    assert str(e.value.code).startswith('flowbook_remake: ') and says in e.value.code and '\n' not in e.value.code and [p.name for p in tmp_path.iterdir()] == ['taken']
+    tried(said=e.value.code)
 
 
 @pytest.mark.slow

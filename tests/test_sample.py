@@ -2,6 +2,8 @@
 import argparse
 import json
 import math
+import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +104,78 @@ def test_what_draws_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match='its own encoder'): open_model('digits-simflow', vae='digits-vae')
 
 
+class Evil:
+    def __reduce__(self): return __import__('os').system, ('touch ran',)
+
+
+def tiny(folder, **card):
+    torch.manual_seed(0)
+    TarFlow(4, 1, 2, 16, 2, 1, 8, classes=2).save_pretrained(folder, card={'sigma': .1, **card})
+    return folder
+
+
+def wrote(name, content): return lambda folder: (folder/name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+
+
+DAMAGE = {'weights: pickle': wrote('model.safetensors', pickle.dumps(Evil())), 'weights: rubbish': wrote('model.safetensors', bytes(range(256)) * 9), 'weights: a header without end': wrote('model.safetensors', (2**62).to_bytes(8, 'little')),
+          'weights: cut off': lambda folder: os.truncate(folder/'model.safetensors', (folder/'model.safetensors').stat().st_size - 9), 'weights: none': lambda folder: (folder/'model.safetensors').unlink(),
+          'config: pickle': wrote('config.json', pickle.dumps(Evil())), 'config: bytes': wrote('config.json', bytes(range(256))), 'config: nested': wrote('config.json', b'[' * 100_000), 'config: list': wrote('config.json', []), 'config: null': wrote('config.json', None),
+          'config: kind': wrote('config.json', {'_class_name': ['TarFlow']}), 'config: code': wrote('config.json', {'_class_name': '__import__("os").system("touch ran")'}), 'config: words': lambda folder: changed_json(folder/'config.json', dim='wide'),
+          'config: unknown key': lambda folder: changed_json(folder/'config.json', bogus=1), 'config: folder': lambda folder: ((folder/'config.json').unlink(), (folder/'config.json').mkdir()),
+          'card: bytes': wrote('card.json', bytes(range(256))), 'card: list': wrote('card.json', []), 'card: nested': wrote('card.json', b'{"a":' * 100_000), 'card: sample': wrote('card.json', {'sample': 3}), 'card: config': wrote('card.json', {'config': [1]}),
+          'card: too few names': wrote('card.json', {'class_names': ['a']}), 'card: names of nothing': wrote('card.json', {'class_names': [None, {}]}), 'card: names': wrote('card.json', {'class_names': 'ab'}), 'card: vae': wrote('card.json', {'vae_name': 3})}
+
+
+def changed_json(path, **values): path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.fault('malice', 'a file of a model is a pickle, rubbish, cut off, missing, or says what cannot be', 'nothing in it is run; the file is named before any memory is taken; take the model from where it came')
+@pytest.mark.parametrize('kind', DAMAGE)
+def test_a_model_that_was_damaged_or_made_to_hurt(tmp_path, monkeypatch, kind, tried):
+    monkeypatch.chdir(tmp_path)
+    DAMAGE[kind](tiny(tmp_path/'bad'))
+    with pytest.raises(ValueError) as e: open_model(tmp_path/'bad')
+    words = {'weights': 'model.safetensors', 'config': 'dim' if kind.endswith('words') else 'TarFlow' if kind.endswith(('kind', 'code')) else 'config.json', 'card': 'card.json'}[kind.split(':')[0]] if 'code' not in kind else 'draws no images'
+    assert words in str(e.value) and not (tmp_path/'ran').exists()
+    tried(said=str(e.value))
+    monkeypatch.setattr(sys, 'argv', ['flowbook_sample', 'bad', '--device', 'cpu'])
+    with pytest.raises(SystemExit) as e: sample.cli()
+    assert '\n' not in str(e.value.code) and sorted(p.name for p in tmp_path.iterdir()) == ['bad']
+
+
+def test_names_of_classes_do_not_lead_out_of_the_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny('bad', class_names=['../../out', 'a\0b/' + 'c' * 300])
+    sample.main('bad --n 2 --out a/b --device cpu'.split())
+    names = sorted(p.parent.name for p in Path('a/b').rglob('*.png'))
+    assert len(names) == 2 and names[0].endswith('out') and len(names[1]) == 100 and sorted(p.name for p in tmp_path.iterdir()) == ['a', 'bad'] and [p.name for p in Path('a').iterdir()] == ['b']
+    tiny('twice', class_names=['a/b', 'a-b'])                                              # one name, once it is that of a folder
+    m = open_model('twice')
+    assert [class_folder(m, k) for k in (0, 1)] == ['0 a-b', '1 a-b']
+
+
+@pytest.mark.fault('malice', 'statistics of a dataset are a pickle, rubbish or cut off', 'nothing in them is run; the file is named before samples are drawn; make it again with flowbook_fid_stats')
+@pytest.mark.parametrize('content', [pickle.dumps(Evil()), b'', bytes(range(256)) * 9, (2**62).to_bytes(8, 'little') + b'{}'])
+def test_statistics_that_were_damaged(tmp_path, monkeypatch, content, tried):
+    monkeypatch.chdir(tmp_path)
+    Path('s.safetensors').write_bytes(content)
+    monkeypatch.setattr(Opened, 'draw', lambda *a, **k: pytest.fail('the work began'))
+    monkeypatch.setattr(sys, 'argv', 'flowbook_evaluate digits-0.1 --reference s.safetensors'.split())
+    with pytest.raises(SystemExit) as e: evaluate.cli()
+    assert 's.safetensors' in str(e.value.code) and '\n' not in str(e.value.code) and [p.name for p in tmp_path.iterdir()] == ['s.safetensors']
+    tried(said=str(e.value.code))
+
+
+@pytest.mark.parametrize('card', [{'data': 3}, {'data': ['digits']}, {'data': {'name': ['digits'], 'root': 7}}, {'data': {'name': None, 'root': {}}}])
+def test_a_card_that_knows_no_data(card):
+    "What it says wrongly is as if it did not say it."
+    m = open_model('digits-0.1')
+    m.flow.card = {**m.card, 'config': card}
+    a = evaluate.parser().parse_args(['x'])
+    evaluate.known_data(a, m)
+    assert (a.data, a.root, a.image_size) == ('digits', None, None)
+
+
 # --- the command line, then the card
 
 def test_what_is_typed_wins_then_the_card():
@@ -159,6 +233,7 @@ def test_files_that_are_there_are_not_drawn_again(tmp_path, monkeypatch, capsys)
     with pytest.raises(ValueError, match="with checkpoint '"): sample.main(['digits-0.1', *line[1:5], '--n', '9'])
 
 
+@pytest.mark.fault('processes', 'sampling is stopped in the middle', 'whole files are left, and the same command draws the rest; nothing to do')
 def test_a_stop_in_the_middle_leaves_whole_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     line, put = 'digits-0.1 --out a --n 12 --batch-size 4 --device cpu'.split(), Place.put
@@ -188,6 +263,7 @@ def test_a_grid_alone_is_in_the_order_of_the_numbers(tmp_path, monkeypatch):
     assert one.shape == two.shape and abs(one - two).max() <= 1 and one.std() > 50
 
 
+@pytest.mark.fault('configuration', 'a command line of flowbook_sample that cannot be: no such model, class, kind of guidance, device or place', 'it ends with one sentence that names the mistake, before anything is drawn; type it again')
 @pytest.mark.parametrize('line,says', [
     ('no_such', 'there is no folder'), ('digits-0.1 --n 0', '--n: 0'), ('digits-0.1 --seed -1', '--seed'), ('digits-0.1 --n 101', 'give --out'), ('digits-0.1 --classes 10', '0 to 9'),
     ('digits-free --classes 1', 'leave it out'), ('digits-0.1 --w 2', 'no guidance'), ('digits-free --guidance star', 'this flow has none'), ('digits-free --gamma .1', 'this flow has none'),

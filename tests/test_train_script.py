@@ -58,16 +58,18 @@ def test_a_folder_of_images_adapts_the_configuration(tmp_path):
     assert asked(f'--config tarflow-64 --root {root}').data.classes == 3                  # the papers' own, too
 
 
+@pytest.mark.fault('configuration', 'a command line of flowbook_train that cannot be: no configuration, a misspelt key, no images, no such device', 'it ends with one sentence that names the mistake, before a checkpoint or a model is written; type it again')
 @pytest.mark.parametrize('line,says', [
     ('', '--config: missing'), ('--config tarflow-46', 'did you mean'), ('--config tarflow-64 optim.lt=1', 'did you mean optim.lr'), ('--config tarflow-64 optim.lr=fast', 'takes a number'),
     ('--config tarflow-64 optim.lr', 'optim.lr'), ('--config tarflow-64', '--out: missing'), ('--config tarflow-64 --out run', 'nobody named'), ('--config tarflow-64 --root none --out run', 'not a folder'),
     ('--config tarflow-64 data.root=gone --out run', 'there is no folder gone'), ('--config tarflow-64 --dry-run --gpu H1000', 'H100'), ('--config tarflow-64 --dry-run --world 0', 'world'),
     ('--config digits-tarflow-64 --seed -1 --out run', 'seed'), ('--config digits-tarflow-64 --every 0 --out run', 'every'), ('--config digits-tarflow-64 --device abacus --out run', 'abacus')])
-def test_mistakes_end_with_a_sentence(line, says, tmp_path, monkeypatch):
+def test_mistakes_end_with_a_sentence(line, says, tmp_path, monkeypatch, tried):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, 'argv', ['flowbook_train', *line.split()])
     with pytest.raises(SystemExit) as e: script.cli()
     assert isinstance(e.value.code, str) and e.value.code.startswith('flowbook_train: ') and says in e.value.code and '\n' not in e.value.code
+    tried(said=e.value.code)
     assert not Path('run/status').exists() and not Path('run/model').exists() and ('device' in line or not Path('run').exists())
 
 
@@ -111,6 +113,23 @@ def test_the_word_for_schedulers(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
     class Found: state = 'stopped'
     assert (status_of(Found), status_of(None)) == (STOPPED, 0)
+
+
+@pytest.mark.fault('malice', 'RUN/status is rubbish, or a folder', 'rubbish is replaced, a folder is named and nothing is trained; remove it')
+@pytest.mark.parametrize('kind', ['rubbish', 'folder'])
+def test_a_status_that_is_none(tmp_path, kind, monkeypatch, tried):
+    (run := tmp_path/'run').mkdir()
+    if kind == 'rubbish':
+        (run/'status').write_bytes(bytes(range(256)) * 1000)
+        write_status(run, 'stopped')
+        assert (run/'status').read_text() == 'stopped\n' and [p.name for p in run.iterdir()] == ['status']
+        return
+    (run/'status').mkdir()
+    monkeypatch.setattr('flowbook.scale.train', lambda *a, **k: pytest.fail('the training began'))
+    monkeypatch.setattr(sys, 'argv', f'flowbook_train --config digits-tarflow-64 --out {run}'.split())
+    with pytest.raises(SystemExit) as e: script.cli()
+    assert 'status' in e.value.code and '\n' not in e.value.code and [p.name for p in run.iterdir()] == ['status']
+    tried(said=e.value.code)
 
 
 # --- runs
@@ -158,6 +177,10 @@ def stopped_in_the_middle(tmp_path, sign, torchrun=0):
     return p.returncode, out
 
 
+STOP = pytest.mark.fault('processes', 'a training is told to stop in the middle: SIGTERM, SIGUSR1, a signal to torchrun', 'it finishes the step, saves, writes stopped into RUN/status and leaves with status 75; the same command goes on')
+
+
+@STOP
 @pytest.mark.slow
 @pytest.mark.parametrize('sign', [signal.SIGTERM, signal.SIGUSR1])
 def test_a_run_that_is_told_to_stop_saves_and_says_so(tmp_path, sign):
@@ -167,6 +190,7 @@ def test_a_run_that_is_told_to_stop_saves_and_says_so(tmp_path, sign):
     assert step > 0 and (tmp_path/'run'/'model'/'config.json').exists()
 
 
+@STOP
 @pytest.mark.slow
 def test_torchrun_passes_the_signal_on_and_the_folder_says_stopped(tmp_path):
     status, out = stopped_in_the_middle(tmp_path, signal.SIGUSR1, torchrun=2)

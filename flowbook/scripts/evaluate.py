@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['NAMES', 'parser', 'draw', 'nll', 'likelihood', 'reconstructed', 'main', 'known_data', 'judged', 'table', 'cli']
 
-# %% ../../nbs/16_evaluate.ipynb #27b97a2e
+# %% ../../nbs/16_evaluate.ipynb #711c4364
 import argparse, json, time
 from pathlib import Path
 import torch
 from torch import distributed as dist
-from ..data import DATASETS, batches, load, save_images
+from ..data import DATASETS, ImageSet, batches, check_number, check_whole, load, save_images
 from ..metrics import METRICS, agreement, digit_classifier, evaluate, gathered, load_statistics, rank_part, ranks, reconstruction
 from .fid_stats import add_source, as_script, can_write, join_ranks, pick_extractor
 from .sample import Opened, Way, add_way, best_device, check_way, known_noise, open_model, way_of
@@ -43,7 +43,7 @@ def draw(model:Opened, a, n:int, way:Way, sigma, watch=lambda x, y: None):
         watch(x, y)
         yield x
 
-# %% ../../nbs/16_evaluate.ipynb #0798b967
+# %% ../../nbs/16_evaluate.ipynb #edcd74d8
 @torch.no_grad()
 def nll(model:Opened, noise, data, batch_size:int, seed:int=1) -> float:
     "Mean negative log-likelihood of what the flow sees of a dataset, nats a dimension, over all ranks. `mean_nll` of chapter 02 on one."
@@ -59,6 +59,10 @@ def nll(model:Opened, noise, data, batch_size:int, seed:int=1) -> float:
 
 def likelihood(model:Opened, noise, data, batch_size:int) -> dict:
     "Bits/dim of test images, or nats a latent number, under the model's noise; empty where the noise is not known."
+    if not isinstance(model, Opened): raise ValueError(f'model: {type(model).__name__} came, must be what open_model gives')
+    if not isinstance(data, ImageSet): raise ValueError(f'data: {type(data).__name__} came, must be a dataset, such as load gives')
+    check_whole('batch_size', batch_size)
+    if noise is not None and noise != 'uniform': check_number('noise', noise, 0, what="a sigma of 0 or more, 'uniform' or None")
     if model.counts == 'latents':
         if not isinstance(noise, float) and not model.own_noise: return {}
         return {'noise': model.own_noise or noise, 'latent_nll': nll(model, noise, data, batch_size)}
@@ -84,7 +88,7 @@ def reconstructed(model:Opened, data, look, batch_size:int, device) -> dict:
     if world > 1: dist.all_reduce(total)
     return {**out, 'psnr': (total[0] / total[2]).item(), 'ssim': (total[1] / total[2]).item(), 'n_reconstructed': int(total[2])}
 
-# %% ../../nbs/16_evaluate.ipynb #21fd87dc
+# %% ../../nbs/16_evaluate.ipynb #409f719b
 def main(argv=None) -> dict:
     r"""Evaluate a checkpoint; print a table or JSON (on rank 0) and return the numbers.
 
@@ -143,6 +147,7 @@ All of them print the same numbers, to rounding. Always -m: run by its path, the
 def known_data(a, model:Opened) -> None:
     "What the command line leaves out of --data, --root and --image-size, the card may know: the configuration of its training, if there was one."
     card, (_, h, w) = (model.card.get('config') or {}).get('data') or {}, model.image_shape
+    card = {k: v for k, v in card.items() if isinstance(v, str)} if isinstance(card, dict) else {}     # names and folders; a card can be wrong
     if a.data is None and a.root: a.data = 'folder'
     if a.data is None and card.get('name') in DATASETS and card['name'] != 'folder': a.data = card['name']
     if a.data is None and card.get('root') and Path(card['root']).expanduser().is_dir(): a.data, a.root = 'folder', card['root']

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['RECIPES', 'know_passes', 'brief', 'main', 'cli']
 
-# %% ../../nbs/16_remake.ipynb #b97c9fc7
+# %% ../../nbs/16_remake.ipynb #e4aa37b0
 import argparse, json, sys, time
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 import torch
+from ..data import check_whole
 from ..flows import weights_folder
 from ..guidance import ClassGuidance, TemperatureGuidance
 from ..latent import DIGITS_VAE, LATENTS, train_digits_vae, train_latent_flow
@@ -18,6 +19,7 @@ from ..metrics import train_digit_classifier
 from ..noise import FLOWS, train_flow
 from ..repa import ALIGNED, train_aligned_flow, train_digits_encoder, train_digits_encoder_labels
 from ..sampling import calibrate
+from .fid_stats import can_write
 from ..simflow import train_digits_simflow
 from ..tarflow import TarFlow
 
@@ -43,7 +45,7 @@ def brief(card:dict) -> dict:
     "A card without its tables."
     return {k: v for k, v in card.items() if not isinstance(v, dict)}
 
-# %% ../../nbs/16_remake.ipynb #a84d5cc0
+# %% ../../nbs/16_remake.ipynb #61d2aa21
 def main(argv=None) -> dict:
     "Make a checkpoint again and print its card beside that of the shipped one. Returns the card."
     p = argparse.ArgumentParser('flowbook_remake', description='Make a checkpoint of the book again.')
@@ -61,7 +63,9 @@ def main(argv=None) -> dict:
         near = get_close_matches(a.name, RECIPES, 1)
         advice = f'did you mean {near[0]!r}?' if near else f'choose one of {", ".join(RECIPES)}'
         sys.exit(f'flowbook_remake: name: there is no checkpoint {a.name!r}; {advice}')
-    if a.threads < 1: raise ValueError(f'--threads: {a.threads}; it must be 1 or more')
+    check_whole('--threads', a.threads); check_whole('--seed', a.seed, 0, 2**31)
+    if a.steps is not None: check_whole('--steps', a.steps)
+    can_write(str(Path(a.out)/a.name/'card.json'), '--out')                      # before minutes of training, not after them
     torch.set_num_threads(a.threads)
     started = time.perf_counter()
     model = know_passes(RECIPES[a.name][0](seed=a.seed, **({'steps': a.steps} if a.steps is not None else {})))

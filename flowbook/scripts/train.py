@@ -13,7 +13,7 @@ from ..latent import replace_bytes
 from ..plan import data_problems, plan, told
 from ..recipe import adapt, open_images
 
-# %% ../../nbs/16_train.ipynb #029fe074
+# %% ../../nbs/16_train.ipynb #75ffe5ff
 def parser() -> argparse.ArgumentParser:
     "The command line of `flowbook_train`."
     p = argparse.ArgumentParser('flowbook_train', description='Train a configuration of the papers, or its small twin.', epilog=main.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -45,7 +45,6 @@ def parser() -> argparse.ArgumentParser:
 def configured(a) -> Config:
     "The configuration that the command line asks for."
     if not a.config: raise ValueError('--config: missing; give a name, --list shows all')
-    if a.seed is not None and a.seed < 0: raise ValueError(f'--seed: {a.seed}; 0 or more')
     c = override(find_config(a.config), a.overrides)
     if a.root:
         c = changed(c, {'data.name': 'folder', 'data.root': str(a.root)})
