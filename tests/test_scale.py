@@ -15,7 +15,7 @@ from ranks import in_ranks
 from scale_ranks import KINDS, SHARDED, compare, once, same, through, train as train_kind
 from torch import nn
 
-from flowbook import repa, scale
+from flowbook import scale
 from flowbook.checkpoint import CheckpointError, Run, problems
 from flowbook.configs import CONFIGS, find_config, override
 from flowbook.data import InMemory, batches, load
