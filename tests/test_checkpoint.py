@@ -444,12 +444,13 @@ def kill(pid):
 
 @pytest.mark.fault('processes', 'SIGKILL at random moments of writing checkpoints', 'the newest whole checkpoint is loaded, half ones are cleared away; start again')
 def test_sigkill_at_random_moments_of_a_write(tmp_path, tried):
-    rng, at = random.Random(0), set()
+    rng, at, step = random.Random(0), set(), 0
     def train():
         with Run(tmp_path) as run:
             if run.steps(): load(run, blank(small(0)))
             for step in range((run.at or 0) + 1, 10**6): save(run, step, small(step), {'step': step}, asynchronous=step % 2 == 0)
-    for _ in range(20):
+    for k in range(100):
+        if k >= 20 and step > 20 and 'being-written' in at: break             # on a busy machine some are killed before they have begun
         pid = in_child(train)
         time.sleep(.03 + .1 * rng.random())
         kill(pid)
@@ -462,18 +463,17 @@ def test_sigkill_at_random_moments_of_a_write(tmp_path, tried):
         later = Run(tmp_path); later.close()                              # the lock is free; what was left is cleared away
         assert all(n.startswith(('step', 'latest')) for n in names(run)) and later.latest() == later.steps()[-1] == step
     assert step > 20 and 'being-written' in at, 'no kill hit a write'
-    tried(times=20)
+    tried(times=k)
 
 
 @pytest.mark.fault('processes', 'a run is killed while its workers live on', 'the system frees the lock; the folder can be used at once; start again')
 def test_a_dead_process_holds_no_lock_and_neither_do_its_children(tmp_path):
     def hold():
         with Run(tmp_path):
-            worker = in_child(lambda: time.sleep(30))                     # as a loader forks its workers
-            (tmp_path/'worker').write_text(str(worker))
-            time.sleep(30)
+            in_child(lambda: (tmp_path/'worker').write_text(str(os.getpid())) and time.sleep(120))     # as a loader forks its workers
+            time.sleep(120)
     pid = in_child(hold)
-    while not (tmp_path/'worker').exists() or not (tmp_path/'worker').read_text(): time.sleep(.01)
+    while not (tmp_path/'worker').exists() or not (tmp_path/'worker').read_text(): time.sleep(.01)     # it runs, and so has left the lock
     with pytest.raises(CheckpointError, match=f'{tmp_path} is in use by process {pid} on {socket.gethostname()} since 20'): Run(tmp_path)
     Run(tmp_path, write=False).close()                                    # looking is allowed
     kill(pid)

@@ -15,7 +15,7 @@ from ranks import in_ranks
 from scale_ranks import KINDS, SHARDED, compare, once, same, through, train as train_kind
 from torch import nn
 
-from flowbook import repa, scale
+from flowbook import scale
 from flowbook.checkpoint import CheckpointError, Run, problems
 from flowbook.configs import CONFIGS, find_config, override
 from flowbook.data import InMemory, batches, load
@@ -428,6 +428,8 @@ def test_a_killed_worker_ends_the_job_and_a_restart_goes_on_to_the_same_bits(tmp
     status, text = finished(script(tmp_path/'dead', DIE='4'))                     # without a restart: all end, and soon
     assert status != 0 and 'SIGKILL' in text and time.monotonic() - began < 60
     assert script(tmp_path/'dead', n=1).wait(120) == 0 and Run(tmp_path/'dead', write=False).steps()[-1] == 8   # and one process can finish it
+    said = [json.loads(l) for l in (tmp_path/'dead'/'log.jsonl').read_text().splitlines()]
+    assert [l['world'] for l in said if l.get('event') == 'changed'] == [[2, 1]]
 
 
 @pytest.mark.fault('processes', 'the launcher of two processes gets SIGTERM or SIGUSR1', 'all processes save at the same step and leave; requeue')
