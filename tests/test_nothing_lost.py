@@ -130,15 +130,15 @@ def left_over(run, want): return {f for f in files(run) - files(want) if 'set-as
 EVENTS = 'open', 'os.rename', 'os.remove', 'os.mkdir', 'os.rmdir'
 
 
-def at_event(root, do, k=None, name=None):
-    "What is called in the process: do() when the k-th such thing happens below a folder, or the first with this in its path."
-    count, root = [0], os.fspath(root)
+def at_event(root, do, k=None, name=()):
+    "What is called in the process: do() when the k-th such thing happens below a folder, or the first with these in its path."
+    count, root, names = [0], os.fspath(root), [name] if isinstance(name, str) else name
     def hook(event, args):
         if event not in EVENTS or count[0] < 0 or not isinstance(args[0], (str, bytes, os.PathLike)): return
         if event == 'open' and not (isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)): return
         if not (path := os.path.abspath(os.fsdecode(args[0]))).startswith(root): return
-        count[0] += 1
-        if count[0] == k or name and name in path: count[0] = -10**9; do()
+        count[0] += all(n in path for n in names)
+        if count[0] == (k or 1): count[0] = -10**9; do()
     return lambda: sys.addaudithook(hook)
 
 
@@ -199,16 +199,26 @@ def test_and_nothing_piles_up(killed, want): assert not left_over(killed[0], wan
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['step-00000006.png', 'model/model.safetensors', 'model/card.json', 'log.jsonl', 'being-written-latest', 'being-written-step-00000004/manifest.json', 'being-removed', 'status'])
+@pytest.mark.parametrize('name', ['step-00000006.png', 'model.safetensors', 'card.json', 'log.jsonl', 'being-written-latest', 'being-written-step-00000004/manifest.json', 'being-removed', 'status'])
 @pytest.mark.fault('processes', *KILLED)
 def test_killed_at_this_file(want, tmp_path, name):
     "The moments that chance seldom finds: when a file has been opened, or is about to be renamed."
     status, said = call('train', pixels(12), tmp_path, before=at_event(tmp_path/'run', die, name=name))
     if status == 0: pytest.skip(f'a run no longer touches {name}')
     assert status == -signal.SIGKILL, said
-    if name.startswith('model') and (tmp_path/'run'/'model'/'README.md').exists(): open_model(tmp_path/'run')
+    if (tmp_path/'run'/'model'/'README.md').exists(): open_model(tmp_path/'run')
     fine('train', pixels(12), tmp_path)
     same_run(tmp_path/'run', want[0], pictures=False)
+
+
+@pytest.mark.slow
+@AWAITS('the VAE beside a model is written whole')
+def test_killed_while_the_vae_is_written(tmp_path):
+    "At a later save: what the first one left can be used meanwhile."
+    from diffusers import AutoencoderKL  # noqa: F401  before the fork: it takes long
+    status, said = call('train', latents(6), tmp_path, before=at_event(tmp_path/'latent', die, k=3, name=('model/vae', 'config.json')))
+    assert status == -signal.SIGKILL, said
+    if (tmp_path/'latent'/'model'/'config.json').exists(): open_model(tmp_path/'latent')
 
 
 def port():
@@ -248,13 +258,13 @@ def want_two(tmp_path_factory):
 @pytest.mark.fault('processes', 'SIGKILL of one of two processes at a random moment of a whole run', 'called again, the run goes on to the same weights and curve; nothing to do')
 def test_one_of_two_processes_is_killed_again_and_again(want_two, tmp_path, tried):
     rng, kills = random.Random(1), 0
-    while kills < 6:
-        rank = kills % 2
-        hook = at_event(tmp_path/'run', die, k=rng.randint(4, 30)) if kills in (0, 4) else at_cpu(rng.uniform(.05, .6))
+    for k in range(5):
+        rank, hook = k % 2, at_event(tmp_path/'run', die, k=rng.randint(4, 20)) if k % 4 == 0 else at_cpu(rng.uniform(.05, .6))   # rank 1 opens no file
         status, said = two(pixels(8), tmp_path, (hook, None) if rank == 0 else (None, hook), patience=rng.uniform(0, .3))
-        if set(status.values()) == {0}: shutil.rmtree(tmp_path/'run'); kills += 1; continue
+        if set(status.values()) == {0}: shutil.rmtree(tmp_path/'run'); continue  # it came through
         assert status[rank] in (-signal.SIGKILL, -signal.SIGPROF), said
         kills += 1
+    assert kills > 2
     status, said = two(pixels(8), tmp_path)
     assert set(status.values()) == {0}, said
     same_run(tmp_path/'run', want_two, pictures=False)
@@ -347,7 +357,7 @@ def test_a_disk_that_fills_when_this_file_is_written(want, disk, tmp_path, name,
 @AWAITS('an error of the disk names its file and says what to do, whatever was written')
 def test_what_is_said_then(want, disk, tmp_path, name):
     _, said = call('train', pixels(12, disk/'run'), tmp_path, before=at_event(disk/'run', lambda: fill(disk), name=name))
-    assert 'free some space' in (last := said.strip().splitlines()[-1]) and name in last, said
+    assert 'free some space' in said.strip().splitlines()[-1] and name in said, said
     assert not [f for f in files(disk) if f.endswith('.tmp')]
 
 
@@ -376,11 +386,11 @@ def test_a_disk_that_turns_read_only(want, tmp_path, tried):
             if event in EVENTS and isinstance(args[0], (str, os.PathLike)) and os.path.abspath(args[0]).startswith(str(tmp_path/'run')) and (event != 'open' or args[2] & (os.O_WRONLY | os.O_RDWR)):
                 raise OSError(30, 'Read-only file system', os.fspath(args[0]))
         sys.addaudithook(hook)
-    for name in ('step-00000004/part-', 'model/config.json', 'step-00000006.png'):
+    for name in ('step-00000004/part-', ('model', 'config.json'), 'step-00000006.png'):
         status, said = call('train', pixels(12), tmp_path, before=at_event(tmp_path/'run', refuse, name=name))
         last = said.strip().splitlines()[-1]
         assert status == 1 and 'Read-only' in last and last.startswith('flowbook_train: '), said
-        tried(times=3, said=last if 'part' in name else None)
+        tried(times=3, said=last if 'part' in str(name) else None)
     fine('train', pixels(12), tmp_path)
     same_run(tmp_path/'run', want[0], pictures=False)
 
@@ -388,6 +398,7 @@ def test_a_disk_that_turns_read_only(want, tmp_path, tried):
 @pytest.mark.slow
 @pytest.mark.parametrize('full, room', [('step-00000003.png', 'being-written-step-00000004'), ('being-written-step-00000004/part-', 'being-written-step-00000006')])
 @AWAITS('a full disk costs nothing if there is room again at the next save')
+@pytest.mark.fault('disk', 'the disk is full for a while, with room again before the next save', 'the run says so and goes on, nothing is lost; nothing to do')
 def test_a_disk_that_is_full_for_a_while(want, disk, tmp_path, full, room):
     "A picture, a line of the log and one save fail; when the next save comes, there is room again."
     def both():
@@ -587,13 +598,17 @@ def worst(content, key):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name, file, key', [('sample', 'run/model/card.json', 'sigma'), ('sample', 'run/model/config.json', 'head_dim'), ('sample', 'run/model/model.safetensors', 'blocks.1.proj_out.bias'), ('evaluate', 'stats.safetensors', 'pooled.mean'),
+@pytest.mark.parametrize('name, file, key', [pytest.param('sample', 'run/model/config.json', 'head_dim', marks=AWAITS('weights, configuration and statistics are signed')),
+                                             pytest.param('sample', 'run/model/model.safetensors', 'blocks.1.proj_out.bias', marks=AWAITS('weights, configuration and statistics are signed')),
+                                             pytest.param('evaluate', 'stats.safetensors', 'pooled.mean', marks=AWAITS('weights, configuration and statistics are signed')),
+                                             pytest.param('sample', 'run/model/card.json', 'sigma', marks=AWAITS('cards are signed, which are also written by hand')),
                                              ('sample a latent flow', 'latent/model/vae/config.json', 'scaling_factor'), ('sample a latent flow', 'latent/model/vae/diffusion_pytorch_model.safetensors', 'decoder.conv_out.bias')])
-@AWAITS('what the commands read is signed')
+@pytest.mark.fault('disk', 'one bit of a number flips in weights, their configuration or statistics', 'refused, and the file or its folder is named; take a copy, or let the run write it again')
 def test_one_bit_of_a_number(finished, tmp_path, name, file, key):
     "The worst bit: another number, in a file that is still well made."
     (work := tmp_path/'work').mkdir()
-    assert not (why := judged(name, file, finished, work, worst((finished[0]/file).read_bytes(), key), tmp_path/'it-ran')), why
+    why = judged(name, file, finished, work, worst((finished[0]/file).read_bytes(), key), tmp_path/'it-ran')
+    assert not why or 'vae' in file and 'latent/model/vae is' in why, why        # the VAE as a whole has an identity, which the flow knows
 
 
 @pytest.mark.slow
@@ -659,7 +674,6 @@ def test_clocks(want, tmp_path, when):
     def backwards():
         real, began = time.time, time.time()
         time.time = lambda: began - (real() - began)
-        time.perf_counter, time.monotonic = (lambda f, last: lambda: f())(time.perf_counter, 0), time.monotonic
     fine('train', pixels(12), tmp_path, before=backwards)
     same_run(tmp_path/'run', want[0], pictures=False)
 
@@ -730,6 +744,7 @@ def test_a_later_version(want, tmp_path, tried):
 
 @pytest.mark.slow
 @AWAITS('a checkpoint of a later version is no damaged one')
+@pytest.mark.fault('configuration', *LATER)
 def test_a_newest_checkpoint_of_a_later_version_is_not_pushed_aside(want, tmp_path):
     resigned(Path(shutil.copytree(want[0], tmp_path/'run'))/'checkpoints'/'step-00000012', format='flowbook checkpoint 2')
     status, said = call('train', pixels(12), tmp_path)
