@@ -158,7 +158,7 @@ def share_out(rows:list) -> list: # of the ranks: the rows each holds -> the pla
         todo[rank].append(places[rank]); load[rank] += row.bytes()
     return todo
 
-# %% ../nbs/15_checkpoint.ipynb #1c9f52d4
+# %% ../nbs/15_checkpoint.ipynb #044e4526
 def parts_of(pieces:list): # yields the bytes of a file: the header, then the numbers of each piece
     "Safetensors, with offsets as torch.distributed.checkpoint writes them."
     pieces = sorted(pieces, key=lambda p: (-p.data.itemsize, p.name))            # so that each begins at a multiple of its item
@@ -171,7 +171,7 @@ def parts_of(pieces:list): # yields the bytes of a file: the header, then the nu
     head += b' ' * (-len(head) % 8)
     yield len(head).to_bytes(8, 'little') + head
     for p in pieces:
-        if p.data.numel(): yield p.data.reshape(-1).view(torch.uint8).numpy()
+        if p.data.numel(): yield p.data.as_strided((p.data.numel(),), (1,)).view(torch.uint8).numpy()   # one number may have any stride
 
 # %% ../nbs/15_checkpoint.ipynb #36b05d64
 def in_blocks(contents, size:int=2**24): # yields bytearrays

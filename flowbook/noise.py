@@ -61,7 +61,7 @@ def _discrete(data, y, levels):
                          'bits of discrete images, give them without noise')
     return data, y, levels
 
-# %% ../nbs/06_noise.ipynb #9bb9a3ee
+# %% ../nbs/06_noise.ipynb #32ef9456
 class PointsFlow(Flow):
     "The exact autoregressive flow of data points plus Gaussian noise, q = mean of N(x_k, sigma^2): Knothe-Rosenblatt."
     def __init__(self, points:Tensor,    # (m, d)
@@ -95,7 +95,7 @@ class PointsFlow(Flow):
 
     def inverse(self, z, y=None):        # (b, d); bisection, then one Newton step, which carries the gradient
         self.check(z, y, 'z')
-        log_w, xs, reach = z.new_zeros(len(z), len(self.points)), [], (1 + z.detach().abs().max()) * self.sigma
+        log_w, xs, reach = z.new_zeros(len(z), len(self.points)), [], (1 + (z.detach().abs().max() if z.numel() else 0)) * self.sigma
         for i in range(self.z_shape[0]):
             left, at = z[:, i] < 0, self.points[:, i]
             target = .5 * torch.erfc(z[:, i].abs() / 2**.5)                     # the smaller tail, which x must have, too
@@ -206,7 +206,7 @@ FLOWS = {**{f'digits-{sigma}': {**_DIGITS, 'sigma': sigma} for sigma in (.05, .1
          'mnist5k-p2-0.2': dict(data='mnist5k', sigma=.2, steps=1500, lr=4e-3, batch_size=32, average=.995, weight_decay=.1, classes=10,
                                 minutes=20, model=dict(image_size=32, channels=1, patch_size=2, dim=64, blocks=4, layers=2, head_dim=32))}
 
-# %% ../nbs/06_noise.ipynb #09521d23
+# %% ../nbs/06_noise.ipynb #d3dcca76
 class Shift:
     "Move each image by up to `pixels` in both directions, black (-1) moving in; keyed by (seed, epoch, sample)."
     def __init__(self, pixels:int):
@@ -215,7 +215,7 @@ class Shift:
     def __call__(self, batch):
         if not (k := self.pixels): return batch
         places = (k - (keyed_uniform(batch, (2,), 'shift') * (2 * k + 1)).long()).tolist()
-        return batch._replace(x=torch.stack([shift_image(x, dy, dx) for x, (dy, dx) in zip(batch.x, places)]))
+        return batch if not places else batch._replace(x=torch.stack([shift_image(x, dy, dx) for x, (dy, dx) in zip(batch.x, places)]))
 
     def __repr__(self): return f'Shift({self.pixels})'
 

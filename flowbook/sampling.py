@@ -520,12 +520,12 @@ def redrawn(flow, generator, index:int, attempt:int) -> Tensor: # (1, ...)
     like = next(flow.parameters())
     return torch.from_numpy(z).to(like) * torch.as_tensor(flow.prior_var).to(like).sqrt()
 
-# %% ../nbs/09_sampling.ipynb #6e1f4e2c
+# %% ../nbs/09_sampling.ipynb #4eb6a612
 def sample(flow:Flow, y_or_n, guidance:Guidance=None, denoise=None, solver='auto', tol:float=1e-5, generator=None, batch_size:int=None,
            *, on_broken:str='report', dtype=None, progress:bool=False) -> Tensor: # (b, c, h, w)
     "Draw samples."
     parts = list(samples(flow, y_or_n, guidance, denoise, solver, tol, generator, batch_size, on_broken=on_broken, dtype=dtype, progress=progress))
-    return torch.cat(parts) if parts else next(flow.parameters()).new_empty(0, *getattr(flow, 'image_shape', flow.z_shape))
+    return torch.cat(parts) if parts else flow.sample(0)
 
 # %% ../nbs/09_sampling.ipynb #1125621a
 def walk_graph(state:Decoder, z:Tensor, record:bool=True): # (n, b, d) -> (n, b, d)

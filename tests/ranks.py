@@ -1,4 +1,5 @@
 """Run a function in several processes that know one another (gloo), and collect what each returns."""
+import faulthandler
 import os
 import socket
 import traceback
@@ -15,6 +16,7 @@ def free_port():
 
 
 def child(rank, fn, n, port, queue, args):
+    faulthandler.enable()                                     # a death in native code says where it was
     os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n))
     torch.set_num_threads(1)
     try: queue.put((rank, fn(rank, n, *args), None))

@@ -16,7 +16,7 @@ import torch
 Door = namedtuple('Door', 'name good bad of says')
 
 
-def door(name, good=lambda tmp: {}, of=None, says={}, **bad):
+def door(name, good=lambda tmp: {}, /, of=None, says={}, **bad):
     "says: {argument: word of the message}, where the message rightly has another word than the argument's name (a key of a configuration, a file's name)."
     return Door(name, good, bad, of, says)
 
