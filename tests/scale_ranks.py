@@ -224,3 +224,30 @@ def once(rank, n, folder, kinds):
         found[way, fsdp]['mended'] = a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     leave()
     return found
+
+
+def left_out(rank, n):
+    "A NaN in one number of rank 1's gradient, after the ranks have averaged; -> does step 4 change weights or AdamW's memory? Whole, sharded."
+    from flowbook.checkpoint import pack
+    from flowbook.scale import local
+    from flowbook.train import NonFiniteLoss
+    world, found = join('cpu', sharded=True), []
+    class Bad(Parallel):
+        def clip(self, params, most):
+            self.calls = getattr(self, 'calls', 0) + 1
+            if self.calls == 4 and (rank == 1 or not is_sharded(params[0])): local(params[0].grad).view(-1)[0] = float('nan')
+            return super().clip(params, most)
+    for fsdp in (False, True):
+        ends = []
+        for kind, steps in ((Bad, 10), (Parallel, 3)):
+            torch.manual_seed(0)
+            flow, parts, stopped = shake(TarFlow(8, 1, 2, 16, 2, 2, 8, classes=10), .05), [], False
+            if fsdp: shard(flow, world)
+            try: list(fit(flow, batches(load('digits'), 32, part=(rank, n)), steps=steps, every=100, schedule=lambda *a: 1., amp='off', loop=kind(world, restore=lambda *p: parts.extend(p))))
+            except NonFiniteLoss as e: stopped = e.step == 4
+            ends.append({k: local(v).clone() for k, v in pack(*parts).items()})
+            assert stopped == (kind is Bad)
+        found.append(all(torch.equal(ends[0][k], ends[1][k]) for k in ends[1]) and ends[0].keys() == ends[1].keys())
+    del flow, parts
+    leave()
+    return found

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import in_ranks
-from scale_ranks import KINDS, SHARDED, compare, once, same, through, train as train_kind
+from scale_ranks import KINDS, SHARDED, compare, left_out, once, same, through, train as train_kind
 from torch import nn
 
 from flowbook import scale
@@ -339,6 +339,12 @@ def test_a_bad_step_of_one_process_stops_all_and_the_mended_run_goes_on(tmp_path
             assert f['odd'] == ([f['theirs'][1][0]] if 'pixel' in kind[0] else []), (kind, f)
             assert f['intact'] and f['mended'] and f['text'] == one['text'] and 'is of step 3' in f['text'] and 'of epoch 0 on rank 1' in f['text'], (kind, f)
     tried(times=len(kinds), said=found[0][kinds[0]]['text'])
+
+
+@pytest.mark.slow
+def test_a_bad_step_is_left_out_by_the_optimiser_on_all_ranks():
+    "Whole and sharded: weights and AdamW's memory stay those of step 3, although both ranks take step 4 and step 5."
+    assert in_ranks(left_out, 2) == [[True, True], [True, True]]
 
 
 def torchrun(n, *args, torchrun=(), env=None, **kw):
