@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'FORMAT', 'LOCKS', 'STEP', 'BEING_WRITTEN', 'BEING_REMOVED', 'ASIDE', 'STATE', 'CheckpointError',
-           'check_path', 'flush_folder', 'write_flushed', 'sha256_of', 'few', 'check_tensors', 'cannot_keep',
-           'check_json', 'Row', 'Piece', 'box', 'stage', 'share_out', 'parts_of', 'in_blocks', 'write_part', 'is_grid',
-           'canonical', 'hashed', 'layout', 'TheseFiles', 'Reader', 'read_rows', 'read_manifest', 'tensor_files',
-           'problems', 'file_problem', 'headers_problem', 'leave_locks', 'now', 'Lock', 'Run', 'raise_as', 'Writing',
-           'open_folder', 'point', 'advice', 'save', 'check_run', 'check_save', 'write_checkpoint', 'write_pieces',
-           'not_written', 'publish', 'prune', 'load', 'told', 'attempt', 'fitting', 'read_into', 'set_aside', 'pack',
-           'make_state', 'weights']
+           'flush_folder', 'write_flushed', 'sha256_of', 'few', 'check_tensors', 'cannot_keep', 'check_json', 'Row',
+           'Piece', 'box', 'stage', 'share_out', 'parts_of', 'in_blocks', 'write_part', 'is_grid', 'canonical',
+           'hashed', 'layout', 'TheseFiles', 'Reader', 'read_rows', 'read_manifest', 'tensor_files', 'problems',
+           'file_problem', 'headers_problem', 'leave_locks', 'now', 'Lock', 'Run', 'raise_as', 'Writing', 'open_folder',
+           'point', 'advice', 'save', 'check_run', 'check_save', 'write_checkpoint', 'write_pieces', 'not_written',
+           'publish', 'prune', 'load', 'told', 'attempt', 'fitting', 'read_into', 'set_aside', 'pack', 'make_state',
+           'weights']
 
-# %% ../nbs/15_checkpoint.ipynb #cb060246
+# %% ../nbs/15_checkpoint.ipynb #ecc6b1ac
 import contextlib, errno, hashlib, json, math, os, shutil, socket, re, threading, time, warnings, weakref
 from datetime import timedelta
 from pathlib import Path
@@ -24,19 +24,14 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from .data import check_choice, check_number, check_whole
+from .data import check_choice, check_number, check_path, check_whole
 
 # %% ../nbs/15_checkpoint.ipynb #8f00105a
 # Axis legend of this module: tensors have any shape; a piece is the box of a tensor that one rank holds, at an offset.
 
-# %% ../nbs/15_checkpoint.ipynb #87d08546
+# %% ../nbs/15_checkpoint.ipynb #32abca7e
 class CheckpointError(RuntimeError):
     "A checkpoint could not be written or read, or its folder is in use; the message says what to do."
-
-def check_path(name:str, v) -> Path:
-    "ValueError for what is no path."
-    if isinstance(v, (str, os.PathLike)) and str(v): return Path(v)
-    raise ValueError(f'{name}: {v!r} came, must be a path')
 
 def flush_folder(path) -> None:
     "Wait until the names in a folder are on the disk."
@@ -324,7 +319,7 @@ class Lock:
         with contextlib.suppress(OSError): self.file.truncate(0)
         self.file.close()                                                     # and with it the lock
 
-# %% ../nbs/15_checkpoint.ipynb #f095766c
+# %% ../nbs/15_checkpoint.ipynb #e18c8672
 STEP = re.compile(r'step-(\d{8,})')
 BEING_WRITTEN, BEING_REMOVED, ASIDE = 'being-written-', 'being-removed-', 'set-aside-'
 
@@ -333,7 +328,7 @@ class Run:
     def __init__(self, folder,
                  write:bool=True,       # False: look and load only; takes no lock, changes nothing
                  timeout:float=1800):   # seconds until a rank that says nothing counts as dead
-        self.folder, self.write = check_path('folder', folder).expanduser(), check_choice('write', write, (True, False))
+        self.folder, self.write = check_path('folder', folder), check_choice('write', write, (True, False))
         check_number('timeout', timeout, 0, above=True)
         self.checkpoints, self.lock, self.writing = self.folder/'checkpoints', None, None
         self.at = None                  # the step that was last saved or loaded

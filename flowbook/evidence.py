@@ -11,15 +11,14 @@ __all__ = ['BUDGETS', 'STATES', 'EXPERIMENTS', 'CHAPTERS', 'Summary', 'numbers',
            'known_flows', 'change_of_variables', 'judge_exact', 'flow_errors', 'exact_flow', 'judge_t4', 'as_maf',
            'maf_limit', 'param_count', 'free_count', 'match_width', 'fit_best', 'families', 'judge_t5', 'bits_per_dim']
 
-# %% ../nbs/03_evidence.ipynb #629d2be0
+# %% ../nbs/03_evidence.ipynb #796ab4fc
 import datetime, difflib, importlib, itertools, json, math, os, platform, tempfile, time
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 import torch
-from .data import check_choice, check_number, check_whole
-from .flows import as_folder
+from .data import check_choice, check_folder, check_number, check_whole
 
 # %% ../nbs/03_evidence.ipynb #b3ae31a1
 # Axis legend of this module: b batch, n seeds in the statistics, d dimensions, c h w image.
@@ -307,7 +306,7 @@ def provenance(budget:str) -> dict:
     return {'device': device, 'threads': torch.get_num_threads(), 'date': datetime.date.today().isoformat(),
             'versions': versions}
 
-# %% ../nbs/03_evidence.ipynb #6879bd3b
+# %% ../nbs/03_evidence.ipynb #711d22ef
 def results_dir() -> Path:
     "nbs/results of the checkout that the current folder lies in; under the current folder otherwise."
     here = Path.cwd()
@@ -316,14 +315,14 @@ def results_dir() -> Path:
 
 def result_path(name:str, budget:str, out=None) -> Path:
     "The file of a result; no name leads out of its folder."
-    return (results_dir() if out is None else as_folder('out', out)) / f'{check_name(name)}.{check_choice("budget", budget, BUDGETS)}.json'
+    return (results_dir() if out is None else check_folder('out', out)) / f'{check_name(name)}.{check_choice("budget", budget, BUDGETS)}.json'
 
-# %% ../nbs/03_evidence.ipynb #eb3a4e9f
+# %% ../nbs/03_evidence.ipynb #0d877101
 def as_file(path) -> Path:
     "A path that is, or can become, a file; ValueError otherwise."
     if not isinstance(path, (str, os.PathLike)): raise ValueError(f'path: {path!r} came; give the path of a file')
     if Path(path).is_dir(): raise ValueError(f'path: {path} is a folder; give a file')
-    return as_folder('path', Path(path).parent) / Path(path).name
+    return check_folder('path', Path(path).parent) / Path(path).name
 
 def write_atomic(path:Path, record:dict) -> None:
     "Write JSON so that `path` holds either the old text or the whole new one."

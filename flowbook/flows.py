@@ -7,15 +7,15 @@ __all__ = ['TOLERANCE', 'normal_log_prob', 'Flow', 'check_y', 'check_module', 'c
            'ClassEmbedding', 'affine', 'bounded', 'unaffine', 'Chain', 'zero_', 'check_vector', 'check_dtype',
            'Coupling', 'RealNVP', 'shake', 'jacobian', 'show_matrix', 'causality_error', 'gradient_error', 'check_flow',
            'MaskedLinear', 'MADE', 'check_order', 'Autoregressive', 'MAF', 'density_grid', 'OnImages', 'Pretrained',
-           'read_json', 'as_folder', 'as_device', 'load_strictly', 'weights_folder', 'find_pretrained', 'model_card']
+           'load_strictly', 'weights_folder', 'find_pretrained', 'model_card']
 
-# %% ../nbs/01_flows.ipynb #fc12b08c
+# %% ../nbs/01_flows.ipynb #39017fa0
 import math
 from numbers import Integral
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
-from .data import check_number, check_tensor, check_whole
+from .data import check_device, check_folder, check_number, check_tensor, check_whole, read_json
 
 # %% ../nbs/01_flows.ipynb #d70f887d
 # Axis legend of this module: b batch, d dimensions of a vector, k classes.
@@ -457,7 +457,7 @@ class OnImages(Flow):
     def parts(self): return self.flow.parts()
     def sparsity(self): return self.flow.sparsity()
 
-# %% ../nbs/01_flows.ipynb #8c72fc7e
+# %% ../nbs/01_flows.ipynb #514dafdb
 class Pretrained:
     "Save and load in the Hugging Face layout; needs `self.config`, the arguments of `__init__`."
     config: dict = {}
@@ -469,7 +469,7 @@ class Pretrained:
         "Write config.json, model.safetensors, card.json and README.md."
         import json, os
         from safetensors.torch import save
-        folder = as_folder('folder', folder)
+        folder = check_folder('folder', folder)
         card = self.card if card is None else card
         if not isinstance(card, dict): raise ValueError(f'card: {type(card).__name__} came; a dictionary of what is known about the training')
         try: card_text = json.dumps(card, indent=2, allow_nan=False) + '\n'
@@ -491,7 +491,7 @@ class Pretrained:
     def from_pretrained(cls, name,    # a folder, a checkpoint of the book, or `owner/name` on the hub
                         device='cpu'):
         "Build the model from its config and load its weights, strictly; in eval mode."
-        device, folder = as_device('device', device), find_pretrained(name)
+        device, folder = check_device('device', device), find_pretrained(name)
         config, state, card = _read_pretrained(folder, cls.__name__)
         have, wrong = sum(v.numel() for v in state.values()), f'{folder/"config.json"} does not describe a {cls.__name__}'
         try:
@@ -510,7 +510,7 @@ class Pretrained:
         sizes = [Pretrained.least(**v) if isinstance(v, dict) else v for v in config.values()]
         return max([v for v in sizes if isinstance(v, int)], default=0)
 
-# %% ../nbs/01_flows.ipynb #0ef8c60e
+# %% ../nbs/01_flows.ipynb #72e6a768
 def _read_pretrained(folder, kind:str):
     "(config, state, card or None) of a model of class `kind`; ValueError names a bad file."
     from safetensors import SafetensorError
@@ -526,32 +526,6 @@ def _read_pretrained(folder, kind:str):
     except (OSError, SafetensorError) as e:
         raise ValueError(f'{weights} cannot be read ({e}); it is missing or was cut off') from None
     return config, state, read_json(card) if card.exists() else None
-
-def read_json(path, most:int=64 * 2**20) -> dict: # bytes
-    "The JSON object in a file; ValueError names a file that is damaged, or is something else."
-    import json
-    try:
-        if (size := path.stat().st_size) > most: raise ValueError(f'{size:,} bytes, {most:,} at most')
-        value = json.loads(path.read_text())
-        if not isinstance(value, dict): raise ValueError(f'{type(value).__name__} came, must be an object')
-    except (ValueError, OSError, RecursionError) as e: raise ValueError(f'{path} is not JSON ({e}); it was damaged or cut off') from None
-    return value
-
-def as_folder(name:str, v): # -> Path
-    "A path that is, or can become, a folder; ValueError by name."
-    import os
-    from pathlib import Path
-    if not isinstance(v, (str, os.PathLike)) or '\0' in str(v): raise ValueError(f'{name}: {v!r} came; give the path of a folder')
-    path = Path(v).expanduser()
-    if taken := next((p for p in (path, *path.parents) if p.is_file()), None): raise ValueError(f'{name}: {taken} is a file; give a folder')
-    return path
-
-def as_device(name:str, v) -> torch.device:
-    "A device that is there; ValueError by name."
-    try: device = torch.device(v)
-    except (RuntimeError, TypeError): raise ValueError(f"{name}: {v!r} came; give 'cpu', 'cuda' or another device of torch") from None
-    if device.type == 'cuda' and not torch.cuda.is_available(): raise ValueError(f'{name}: {v!r} came, torch sees no GPU here')
-    return device
 
 # %% ../nbs/01_flows.ipynb #0cd33ab5
 def load_strictly(model:nn.Module, state:dict, source:str) -> None:

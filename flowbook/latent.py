@@ -4,26 +4,25 @@
 
 # %% auto #0
 __all__ = ['VAES', 'DIGITS_VAE', 'MEMORY', 'LATENT', 'LATENTS', 'places', 'check_turning', 'angles', 'turn', 'turned',
-           'RopeAttention', 'swiglu_width', 'SwiGLU', 'RopeLayer', 'LatentTarFlow', 'FastRopeLayer', 'check_folder',
-           'read_json', 'Vae', 'check_vae', 'posterior', 'load_vae', 'check_vae_reachable', 'VaeLoss',
-           'train_digits_vae', 'judged', 'Encode', 'drawn_keyed', 'Pick', 'cache_latents', 'replace_bytes',
-           'write_plan', 'read_plan', 'CachedLatents', 'LatentFlow', 'train_latent', 'with_latent_card',
-           'train_latent_flow', 'judge_latent', 'latent_two_step']
+           'RopeAttention', 'swiglu_width', 'SwiGLU', 'RopeLayer', 'LatentTarFlow', 'FastRopeLayer', 'Vae', 'check_vae',
+           'posterior', 'load_vae', 'check_vae_reachable', 'VaeLoss', 'train_digits_vae', 'judged', 'Encode',
+           'drawn_keyed', 'Pick', 'cache_latents', 'replace_bytes', 'write_plan', 'read_plan', 'CachedLatents',
+           'LatentFlow', 'train_latent', 'with_latent_card', 'train_latent_flow', 'judge_latent', 'latent_two_step']
 
-# %% ../nbs/12_latent.ipynb #f971ac73
+# %% ../nbs/12_latent.ipynb #3fcfa6ca
 import functools, hashlib, json, math, os
 from pathlib import Path
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from .classify import check_data
-from .data import ImageSet, _indices, batches, check_choice, check_number, check_tensor, check_whole, keyed, load
+from .data import ImageSet, _indices, batches, check_choice, check_device, check_folder, check_number, check_tensor, check_whole, keyed, load, read_json
 from .denoise import denoise as remove_noise
 from .evidence import EXPERIMENTS, Verdict, all_of, experiment, lower
 from .flows import find_pretrained, model_card, weights_folder
 from .metrics import collect, evaluate, fingerprint, reconstruction
 from .noise import Shift
-from .repa import as_device, few_words, no_answer
+from .repa import few_words, no_answer
 from .sampling import FAST, FastLayer, anatomy, samples
 from .tarflow import Attention, Layer, TarFlow
 from .train import DropLabels, GaussianNoise, ema, fit, keyed_normal, mean_nll
@@ -154,21 +153,7 @@ VAES = {'sd-vae-ft-ema': 'stabilityai/sd-vae-ft-ema',    # R-REPA §5: f 8, 4 ch
 DIGITS_VAE = 'digits-vae'                                # the book's own, in `flowbook/weights`
 MEMORY = ('whole', 'slices', 'tiles')                    # what is decoded at once
 
-# %% ../nbs/12_latent.ipynb #31a0f5c4
-def check_folder(folder) -> Path:
-    "A folder, there already or not; ValueError for a file, and for what is no path."
-    if not isinstance(folder, (str, Path)) or not str(folder): raise ValueError(f'folder: {folder!r} came, must be a path')
-    folder = Path(folder).expanduser()
-    if folder.exists() and not folder.is_dir(): raise ValueError(f'folder: {folder} is a file, must be a folder')
-    return folder
-
-def read_json(path:Path) -> dict:
-    "A dictionary from a file; ValueError that names the file for anything else."
-    try: found = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as e: raise ValueError(f'{path} cannot be read ({type(e).__name__}: {few_words(e)}); it is missing or was damaged') from None
-    if not isinstance(found, dict): raise ValueError(f'{path} holds a {type(found).__name__}, not a dictionary; it was damaged')
-    return found
-
+# %% ../nbs/12_latent.ipynb #26217ba2
 class Vae(nn.Module):
     "A frozen autoencoder of diffusers: images in [-1, 1] -> scaled latents, and back. R-REPA §4.3."
     def __init__(self, model:nn.Module,   # an AutoencoderKL, which is frozen here
@@ -227,7 +212,7 @@ class Vae(nn.Module):
 
     def save_pretrained(self, folder, card:dict=None) -> None:
         "config.json and weights as diffusers writes them, card.json and README.md."
-        folder, card = check_folder(folder), self.card if card is None else card
+        folder, card = check_folder('folder', folder), self.card if card is None else card
         if not isinstance(card, dict): raise ValueError(f'card: {type(card).__name__} came, must be a dictionary')
         try: facts = json.dumps(card, indent=2) + '\n'
         except (TypeError, ValueError) as e: raise ValueError(f'card: it holds what JSON cannot ({few_words(e)})') from None
@@ -252,13 +237,13 @@ def posterior(moments:Tensor,              # (b, 2, c, h, w) mean and standard d
         raise ValueError(f'noise: {type(noise).__name__} of shape {tuple(getattr(noise, "shape", ()))} came, must be {tuple(mean.shape)}')
     return mean if noise is None else mean + std * noise.to(mean)
 
-# %% ../nbs/12_latent.ipynb #f8facce2
+# %% ../nbs/12_latent.ipynb #d6192602
 def load_vae(name=DIGITS_VAE,              # 'digits-vae', 'sd-vae-ft-ema', any `owner/name` of the hub, or a folder in diffusers' format
              device='cpu', memory:str='whole') -> Vae:
     "A frozen VAE by name. Nothing is unpickled: weights are safetensors."
     try: from diffusers import AutoencoderKL
     except ImportError as e: raise ImportError('autoencoders are models of diffusers: pip install diffusers') from e
-    device = as_device(device); check_choice('memory', memory, MEMORY)
+    device = check_device('device', device); check_choice('memory', memory, MEMORY)
     full = VAES.get(str(name), str(name))
     folder = next((p for p in (Path(full).expanduser(), weights_folder()/full) if p.is_dir()), None)
     if folder is None:
@@ -353,7 +338,7 @@ class Pick:
         return batch._replace(x=drawn_keyed(batch.x[torch.arange(len(which)), which].float(), batch, self.sample))
     def __repr__(self): return f'Pick({self.p})'
 
-# %% ../nbs/12_latent.ipynb #68881553
+# %% ../nbs/12_latent.ipynb #d91c7b45
 def cache_latents(vae:Vae, data, folder,   # a dataset; where the shards go
                   flip:bool=True,          # also of the mirrored images
                   shard:int=4096,          # samples a file: at f8 and 256x256, 32 KiB a sample and flip in float32 are 256 MiB with both
@@ -362,7 +347,7 @@ def cache_latents(vae:Vae, data, folder,   # a dataset; where the shards go
                   progress:bool=False) -> Path:
     "Mean and standard deviation of every image's posterior, once, in safetensors. Finished shards are kept: after a stop, call it again."
     from safetensors.torch import save
-    folder = check_folder(folder); check_vae(vae); check_data('data', data, 'batch'); check_whole('shard', shard); check_whole('batch_size', batch_size)
+    folder = check_folder('folder', folder); check_vae(vae); check_data('data', data, 'batch'); check_whole('shard', shard); check_whole('batch_size', batch_size)
     check_choice('dtype', dtype, (torch.float32, torch.float16, torch.bfloat16))
     if not isinstance(part, (tuple, list)) or len(part) != 2 or check_whole('part', part[0], 0) >= check_whole('part', part[1]): raise ValueError(f'part: {part!r} came, must be (rank, world), rank below world')
     plan = {'vae': vae.identity, 'vae_name': vae.name, 'data': data.name, 'samples': len(data), 'classes': list(data.classes),
@@ -380,7 +365,7 @@ def cache_latents(vae:Vae, data, folder,   # a dataset; where the shards go
         replace_bytes(path, save({'moments': torch.cat(moments), 'labels': torch.cat(labels)}, {'vae': vae.identity}))
     return folder
 
-# %% ../nbs/12_latent.ipynb #b7740439
+# %% ../nbs/12_latent.ipynb #0dd2a190
 def replace_bytes(path:Path, content:bytes) -> None:
     tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
     tmp.write_bytes(content); os.replace(tmp, path)
@@ -394,7 +379,7 @@ def write_plan(folder:Path, plan:dict) -> None:
 
 def read_plan(folder) -> dict:
     "What a folder of latents says about itself."
-    folder = check_folder(folder)
+    folder = check_folder('folder', folder)
     if not (path := folder/'plan.json').exists(): raise ValueError(f'folder: {folder} holds no latents; write them with `cache_latents`')
     plan = read_json(path)
     try:
@@ -406,11 +391,11 @@ def read_plan(folder) -> dict:
     except (KeyError, TypeError, ValueError) as e: raise ValueError(f'{path} is no plan of latents ({type(e).__name__}: {few_words(e)}); delete the folder and call `cache_latents` again') from None
     return plan
 
-# %% ../nbs/12_latent.ipynb #99f55a18
+# %% ../nbs/12_latent.ipynb #34673eba
 class CachedLatents(ImageSet):
     "Latents that `cache_latents` wrote, as a dataset: x (b, flips, 2, c, h, w), for `Pick`. Files are mapped, not read."
     def __init__(self, folder, vae:Vae=None): # whose latents they must be; None: whoever's
-        self.folder, self.plan, self.open = check_folder(folder), read_plan(folder), {}
+        self.folder, self.plan, self.open = check_folder('folder', folder), read_plan(folder), {}
         p, self.vae = self.plan, self.plan['vae']
         if vae is not None and check_vae(vae).identity != p['vae']:
             raise ValueError(f"folder: the latents in {self.folder} are of the VAE {p['vae_name']} ({p['vae']}); {vae.name} ({vae.identity}) is another, encode them again")
@@ -444,7 +429,7 @@ class CachedLatents(ImageSet):
 
     def __repr__(self): return f"{self.name}: {len(self):,} latents {self.shape} of {self.plan['vae_name']}, {'with' if self.plan['flips'] == 2 else 'without'} mirror images"
 
-# %% ../nbs/12_latent.ipynb #e73faa88
+# %% ../nbs/12_latent.ipynb #505367b2
 class LatentFlow(nn.Module):
     "A flow over the noisy latents of a frozen VAE. R-REPA §4.3, Eq. 6 and 7."
     def __init__(self, flow:TarFlow,      # over latents (b, c, h, w); its card says the noise
@@ -493,7 +478,7 @@ class LatentFlow(nn.Module):
 
     def save_pretrained(self, folder, card:dict=None) -> None:
         "The flow in `folder`, the VAE in `folder/vae`."
-        check_folder(folder)
+        check_folder('folder', folder)
         if card is not None and not isinstance(card, dict): raise ValueError(f'card: {type(card).__name__} came, must be a dictionary')
         self.flow.card = {**(self.flow.card if card is None else card), 'vae': self.vae.identity, 'vae_name': self.vae.name}
         self.flow.save_pretrained(folder); self.vae.save_pretrained(Path(folder)/'vae')
@@ -502,7 +487,7 @@ class LatentFlow(nn.Module):
     def from_pretrained(cls, name, vae=None, # the VAE: a name for `load_vae`, or a Vae; None: the one saved beside it, or the one that the card names
                         device='cpu'):
         "A flow over latents and its VAE."
-        device = as_device(device)
+        device = check_device('device', device)
         if not isinstance(name, (str, Path)): raise ValueError(f'name: {name!r} came, must be a folder, or the name of a checkpoint')
         folder = find_pretrained(name)
         kind = TarFlow if read_json(folder/'config.json').get('_class_name') == 'TarFlow' else LatentTarFlow

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['INCEPTION_URL', 'INCEPTION_SHA256', 'METRICS', 'DigitClassifier', 'CrossEntropy', 'Jitter', 'shift_image',
-           'train_digit_classifier', 'digit_classifier', 'agreement', 'frechet', 'ranks', 'rank_part', 'check_device',
-           'Moments', 'Extractor', 'with_channels', 'fingerprint', 'module_extractor', 'digits_extractor',
-           'fidelity_digits', 'read_weights', 'inception_path', 'inception_extractor', 'make_extractor',
-           'folder_images', 'image_batches', 'Statistics', 'collect', 'checked_features', 'image_hash', 'Tally',
-           'gathered', 'save_statistics', 'load_statistics', 'evaluate', 'distance', 'check_given', 'by_fidelity',
-           'fid_curve', 'fid_at_infinity', 'reconstruction', 'lpips']
+           'train_digit_classifier', 'digit_classifier', 'agreement', 'frechet', 'ranks', 'rank_part', 'Moments',
+           'Extractor', 'with_channels', 'fingerprint', 'module_extractor', 'digits_extractor', 'fidelity_digits',
+           'read_weights', 'inception_path', 'inception_extractor', 'make_extractor', 'folder_images', 'image_batches',
+           'Statistics', 'collect', 'checked_features', 'image_hash', 'Tally', 'gathered', 'save_statistics',
+           'load_statistics', 'evaluate', 'distance', 'check_given', 'by_fidelity', 'fid_curve', 'fid_at_infinity',
+           'reconstruction', 'lpips']
 
-# %% ../nbs/05_metrics.ipynb #081cfb39
+# %% ../nbs/05_metrics.ipynb #a8bdddc6
 import hashlib, io, json, math, os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
-from .data import Folder, ImageSet, _files, batches, check_choice, check_images, check_number, check_path, check_tensor, check_whole, load, to_levels
+from .data import Folder, ImageSet, _files, batches, check_choice, check_device, check_images, check_number, check_path, check_tensor, check_whole, load, to_levels
 from .flows import Pretrained
 from .train import fit, keyed_normal, keyed_uniform
 
@@ -140,19 +140,12 @@ def rank_part() -> tuple:
     from torch import distributed as dist
     return (dist.get_rank(), ranks()) if ranks() > 1 else (0, 1)
 
-# %% ../nbs/05_metrics.ipynb #9d303264
-def check_device(name:str, device):
-    "A device that can be used here; ValueError that names it for all else."
-    try: torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError) as e: raise ValueError(f'{name}: {device!r:.80} cannot be used here ({str(e).splitlines()[0]:.80}); give cpu, cuda or mps') from None
-    if device is None: raise ValueError(f'{name}: None came; give cpu, cuda or mps')
-    return device
-
+# %% ../nbs/05_metrics.ipynb #5ba5ac33
 class Moments:
     "Mean and covariance of features, streamed in float64; parts add up, over batches and over ranks."
     def __init__(self, d:int, device='cpu'):
         check_whole('d', d, 0)
-        if torch.device(check_device('device', device)).type == 'mps': device = 'cpu'              # MPS has no float64
+        if check_device('device', device).type == 'mps': device = 'cpu'              # MPS has no float64
         zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64, device=device)
         self.n, self.mean, self.scatter = 0, zeros(d), zeros(d, d)
 

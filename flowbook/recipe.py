@@ -10,7 +10,7 @@ __all__ = ['Stage', 'Recipe', 'steady', 'Rate', 'schedule_of', 'fit_of', 'check_
            'check_images_of', 'check_data', 'shape_mends', 'adapt', 'guidance_of', 'draw_samples', 'card_of',
            'reach_of', 'save_model', 'train_config']
 
-# %% ../nbs/14_recipe.ipynb #eed04512
+# %% ../nbs/14_recipe.ipynb #73273c73
 import json, math, tempfile, time
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from .configs import FROZEN_VAES, Config, changed, model_of, to_dict, variant_of
-from .data import DATASETS, Flip, ImageSet, batches, check_choice, check_number, check_whole, load
+from .data import DATASETS, Flip, ImageSet, batches, check_choice, check_device, check_number, check_whole, load
 from .flows import find_pretrained
 from .guidance import ClassGuidance, Guidance, StarGuidance, TemperatureGuidance
 from .latent import CachedLatents, LatentFlow, Pick, Vae, cache_latents, load_vae, read_plan
@@ -27,7 +27,7 @@ from .metrics import digit_classifier
 from .repa import DIGITS_ENCODERS, STRATEGIES, Alignment, DigitsViT, Encoder, KeepClean, Projector, Reverse, encoder, patch_side, timm_name
 from .sampling import samples
 from .simflow import Adversarial, AlignedNLL, DrawNoise, FlowNLL, Joint, PatchCritic, Perceptual, SimFlow, TwoStages, freeze, terms_of
-from .train import NLL, Dequantize, DropLabels, GaussianNoise, check_device, cosine, ema, fit
+from .train import NLL, Dequantize, DropLabels, GaussianNoise, cosine, ema, fit
 
 # %% ../nbs/14_recipe.ipynb #2cd7bb9d
 # Axis legend of this module: b batch, c h w image, d u v latent, n tokens, D width of a vision encoder. `c` alone is a configuration.
@@ -259,13 +259,13 @@ def flow_stages(c:Config, model, frozen:Frozen) -> list: # of Stage
     objective = Alignment(model, strategy_of(c), frozen.encoder, c.align.lam, c.align.hidden) if c.align else NLL()
     return [Stage('flow', c.steps, objective, transforms_of(c), fit_of(c, c.steps))]
 
-# %% ../nbs/14_recipe.ipynb #433c0c09
+# %% ../nbs/14_recipe.ipynb #0f1971d6
 def build(c:Config,                      # of `find_config`, perhaps overridden
           device='cpu',
           dtype=torch.float32,           # of what is trained; float64 for exactness
           dry:bool=False) -> Recipe:     # on the meta device: shapes without numbers, and nothing is downloaded
     "Everything that a configuration says, as objects; equal seeds give equal weights on every device."
-    check_config(c); check_device(device); check_choice('dry', dry, (True, False))
+    check_config(c); check_device('device', device); check_choice('dry', dry, (True, False))
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point: raise ValueError(f'dtype: {dtype!r} came, must be a type of floats, for instance torch.float32')
     device = 'meta' if dry else device
     with torch.random.fork_rng(devices=[]):

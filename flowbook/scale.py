@@ -8,7 +8,7 @@ __all__ = ['JOINS', 'RECOMPUTING', 'COMPILED', 'MAY_DIFFER', 'World', 'pick', 'j
            'check_layer', 'recomputing', 'compiling', 'layers_of', 'Outcome', 'leaves', 'check_same', 'told_of',
            'other_looks', 'Training', 'train', 'judge_of', 'smoke', 'bandwidth', 'small_training']
 
-# %% ../nbs/15_scale.ipynb #e9c40986
+# %% ../nbs/15_scale.ipynb #4c048584
 import contextlib, gc, hashlib, itertools, math, os, signal, threading, time, warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import nn, Tensor
 from torch.distributed.tensor import DTensor
 from . import __version__
-from .checkpoint import CheckpointError, Run, check_path, load, pack, save, weights
+from .checkpoint import CheckpointError, Run, load, pack, save, weights
 from .configs import Config, flops, model_of, to_dict
-from .data import _take, check_choice, check_number, check_whole, keyed
+from .data import _take, check_choice, check_number, check_path, check_whole, keyed
 from .flows import shake
 from .loader import loader
 from .metrics import collect, load_statistics, make_extractor

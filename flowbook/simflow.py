@@ -16,19 +16,19 @@ __all__ = ['KINDS', 'SIZES', 'VAE', 'VARIANTS', 'KL_WEIGHT', 'PAPER', 'DIGITS', 
            'judge_robust', 'simflow_robust', 'elbo_errors', 'entropy_error', 'averaging_error', 'judge_exact',
            'simflow_exact']
 
-# %% ../nbs/13_simflow.ipynb #1852c169
+# %% ../nbs/13_simflow.ipynb #ecf40681
 import math, time
 from typing import NamedTuple
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from .classify import check_data
-from .data import batches, check_choice, check_number, check_tensor, check_whole, load
+from .data import batches, check_choice, check_device, check_number, check_tensor, check_whole, load
 from .evidence import EXPERIMENTS, Verdict, all_of, compare, experiment, identity, lower, summary
 from .flows import Pretrained, check_y, normal_log_prob, shake, zero_
 from .guidance import Guidance, StarGuidance, score_guidance
 from .metrics import agreement, collect, digit_classifier, evaluate, lpips, reconstruction
-from .repa import alignment_loss, as_device, check_strategy, few_words
+from .repa import alignment_loss, check_strategy, few_words
 from .sampling import FAST, HEADS, FastLayer, anatomy, labels_of, sample, samples, weights_of
 from .tarflow import Attention, Mlp, TarBlock, TarFlow
 from .train import DropLabels, NonFiniteLoss, ema, fit, keyed_normal
@@ -589,14 +589,14 @@ class TwoStages:
         t = (step - first) / max(1, steps - 1 - first)
         return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * min(1., t))) / 2
 
-# %% ../nbs/13_simflow.ipynb #52eee6b9
+# %% ../nbs/13_simflow.ipynb #ebb7825d
 class Perceptual:
     "A distance of images such as LPIPS, averaged over images. SimFlow §4.1."
     name = 'perceptual'
     def __init__(self, distance=None,    # callable (b, c, h, w) twice -> (b,), differentiable; None: LPIPS (VGG), ValueError without its weights
                  device='cpu'):
         if distance is not None and not callable(distance): raise ValueError(f'distance: {distance!r} came, must be callable: images twice -> (b,)')
-        self.distance = lpips(device=as_device(device)) if distance is None else distance
+        self.distance = lpips(device=check_device('device', device)) if distance is None else distance
     def __call__(self, s): return self.distance(s.xhat, s.image).mean()
 
 # %% ../nbs/13_simflow.ipynb #f69f480a
@@ -627,11 +627,11 @@ class Adversarial(nn.Module):
         tell = .5 * (F.relu(1 - self.critic(s.image)).mean() + F.relu(1 + self.critic(s.xhat.detach())).mean())
         return {'fool': fool, 'tell': tell}
 
-# %% ../nbs/13_simflow.ipynb #65ca22b8
+# %% ../nbs/13_simflow.ipynb #41ab5d5e
 def paper_terms(critic:nn.Module=None,   # PatchCritic() by default
                 start:int=0, p:int=1, distance=None, device='cpu') -> list: # distance: of `Perceptual`
     "Reconstruction, LPIPS where its weights are to be had, the adversarial pair and the flow, all with weight 1. SimFlow §4.1, A.4."
-    device = as_device(device)
+    device = check_device('device', device)
     terms = [Reconstruction(p), FlowNLL(), Adversarial(PatchCritic() if critic is None else critic, start)]
     if distance is not None: return [terms[0], Perceptual(distance), *terms[1:]]      # what is wrong with it is an error
     try: terms.insert(1, Perceptual(device=device))

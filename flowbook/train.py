@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['keyed_uniform', 'keyed_normal', 'GaussianNoise', 'Dequantize', 'DropLabels', 'NLL', 'recomputed', 'NonFiniteLoss',
-           'suspects', 'cosine', 'ema', 'fit', 'check_device', 'faster_in_bf16', 'adamw', 'Kept', 'Late', 'Meter',
-           'Alone', 'check_dataset', 'check_transforms', 'mean_nll', 'to_bits', 'progress', 'plot_curve', 'live_curve']
+           'suspects', 'cosine', 'ema', 'fit', 'faster_in_bf16', 'adamw', 'Kept', 'Late', 'Meter', 'Alone',
+           'check_dataset', 'check_transforms', 'mean_nll', 'to_bits', 'progress', 'plot_curve', 'live_curve']
 
-# %% ../nbs/02_train.ipynb #7b26efff
+# %% ../nbs/02_train.ipynb #857e43b8
 import itertools, math, sys, time
 import torch
 from torch import nn, Tensor
-from .data import Batch, batches, check_choice, check_number, check_tensor, check_whole, keyed
+from .data import Batch, batches, check_choice, check_device, check_number, check_tensor, check_whole, keyed
 from .flows import normal_log_prob
 
 # %% ../nbs/02_train.ipynb #1c851c37
@@ -202,7 +202,7 @@ def fit(flow:nn.Module,       # a Flow (or any module that the objective underst
         if ema is not None: ema.update_parameters(flow)
         if report: yield {'step': step, **means, 'lr': now, 'seconds': time.perf_counter() - start, **chosen}
 
-# %% ../nbs/02_train.ipynb #2eb43168
+# %% ../nbs/02_train.ipynb #82989066
 def _check_fit(flow, data, objective, steps, lr, betas, weight_decay, schedule, warmup, clip, ema, amp, compile, every, device):
     "ValueError for arguments that `fit` cannot work with."
     _check_module(flow)
@@ -216,12 +216,7 @@ def _check_fit(flow, data, objective, steps, lr, betas, weight_decay, schedule, 
     check_whole('warmup', warmup, 0, max(steps, 2) - 1, what=f'0 or more, and shorter than the run of {steps} steps')
     if clip is not None: check_number('clip', clip, 0, above=True, what='the largest gradient norm, above 0, or None for no clipping')
     check_choice('amp', amp, ('auto', 'bf16', 'off', 'measure')); check_choice('compile', compile, (True, False))
-    check_device(device)
-
-def check_device(device):
-    "ValueError for what is no device; None is one that somebody else chooses."
-    try: return device if device is None else torch.device(device)
-    except (RuntimeError, TypeError): raise ValueError(f"device: {device!r} came, must be for instance 'cpu' or 'cuda'") from None
+    if device is not None: check_device('device', device)
 
 def _autocast(device, amp):
     "The context in which the objective runs."

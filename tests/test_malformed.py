@@ -82,6 +82,7 @@ def test_the_call_beside_which_bad_input_stands_works(module, d, here):
     call(target(module, d, here), d.good(here))
 
 
+@pytest.mark.fault('arguments', 'one bad argument beside good ones, of every public function, class and method', 'ValueError or TypeError that names it, in under a second; nothing is written, no argument changed')
 @pytest.mark.parametrize('module, d, arg, value', CASES)
 def test_bad_input_is_refused(module, d, arg, value, here):
     f, good = target(module, d, here), d.good(here)

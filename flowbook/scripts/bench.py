@@ -7,13 +7,13 @@ __all__ = ['MODELS', 'TRAINING', 'ALIGNING', 'SOLVERS', 'race', 'ratio', 'peak_m
            'check_bench', 'bench_sampling', 'bench_training', 'bench_alignment', 'parser', 'whole', 'pick_models',
            'fresh', 'line', 'aligned_line', 'report', 'main', 'cli']
 
-# %% ../../nbs/16_bench.ipynb #c8f2ab0e
+# %% ../../nbs/16_bench.ipynb #375c0d6a
 import argparse, copy, math, os, statistics, sys, time
 from functools import partial
 import torch
-from ..data import check_choice, check_whole
+from ..data import check_choice, check_device, check_whole
 from ..evidence import as_file, provenance, write_atomic
-from ..flows import as_device, check_module
+from ..flows import check_module
 from ..guidance import ClassGuidance, Guidance
 from ..repa import Alignment, Detach, Forward, Reverse, ReverseSequential
 from ..sampling import invert, naive_inverse, plain_nll, textbook_inverse, trajectory
@@ -224,7 +224,7 @@ def report(r:dict, name:str) -> str:
     head = f'{name}: {r["tokens"]} tokens, {what}, {r["threads"]} thread{"s" * (r["threads"] > 1)}'
     return '\n'.join([head] + [line(k, v) for k, v in (r.get('samplers') or r['steps']).items()])
 
-# %% ../../nbs/16_bench.ipynb #36b750bd
+# %% ../../nbs/16_bench.ipynb #a6e1bf48
 def main(argv=None) -> dict:
     "Measure, print every table as soon as it is there, and return (or write) all of them."
     a = parser().parse_args(argv)
@@ -232,7 +232,7 @@ def main(argv=None) -> dict:
     threads = [torch.get_num_threads() if t == 'all' else whole(t, '--threads')[0] for t in a.threads.split(',')]
     flows, dtype, before = pick_models(a), torch.bfloat16 if a.dtype == 'bf16' else None, torch.get_num_threads()
     if a.train < 0 or a.align < 0: raise ValueError(f'--train, --align: {a.train}, {a.align}; a batch size is 1 or more')
-    guided, place = ClassGuidance(a.w), as_device('--device', a.device)                # what cannot be is said before anything is measured
+    guided, place = ClassGuidance(a.w), check_device('--device', a.device)                # what cannot be is said before anything is measured
     file = a.json if a.json is None else as_file(a.json or f'nbs/results/bench.{place.type}.json')
     results = []
     try:

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['join_ranks', 'add_source', 'can_write', 'pick_extractor', 'main', 'as_script', 'cli']
 
-# %% ../../nbs/16_fid_stats.ipynb #1cd52f3c
+# %% ../../nbs/16_fid_stats.ipynb #523f45e7
 import argparse, os, sys, time
 from pathlib import Path
 import torch
 from torch import distributed as dist
-from ..data import check_path, load
-from ..metrics import INCEPTION_SHA256, check_device, collect, make_extractor, save_statistics
+from ..data import check_device, check_path, load
+from ..metrics import INCEPTION_SHA256, collect, make_extractor, save_statistics
 
 # %% ../../nbs/16_fid_stats.ipynb #962dedaf
 def join_ranks(device:str) -> tuple: # -> (rank, device of this rank)

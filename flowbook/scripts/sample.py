@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'FLOWS', 'CARD', 'WHICH', 'MOST_IN_A_GRID', 'Way', 'Drawn', 'Opened', 'OpenedLatent', 'OpenedJoint',
-           'read_json', 'check_card', 'open_model', 'add_way', 'way_of', 'known_noise', 'check_way', 'pick_classes',
-           'class_folder', 'replace_file', 'write_png', 'write_tensors', 'Place', 'agreed', 'grid_columns', 'parser',
-           'best_device', 'main', 'shown_again', 'summary', 'cli']
+           'check_card', 'open_model', 'add_way', 'way_of', 'known_noise', 'check_way', 'pick_classes', 'class_folder',
+           'replace_file', 'write_png', 'write_tensors', 'Place', 'agreed', 'grid_columns', 'parser', 'best_device',
+           'main', 'shown_again', 'summary', 'cli']
 
-# %% ../../nbs/16_sample.ipynb #ff1659b4
+# %% ../../nbs/16_sample.ipynb #3118c981
 import argparse, json, os, re, time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from ..data import check_choice, check_number, check_tensor, check_whole, from_levels, keyed, read_image, save_images, to_levels
+from ..data import check_choice, check_number, check_tensor, check_whole, from_levels, keyed, read_image, read_json, save_images, to_levels
 from ..denoise import denoise
 from ..flows import find_pretrained
 from ..guidance import SCHEDULES, ClassGuidance, Guidance, StarGuidance, TemperatureGuidance, check_weight, score_guidance
@@ -111,16 +111,8 @@ class OpenedJoint(Opened):
         like = next(self.model.parameters())
         return batch._replace(x=self.model.latent(batch.x.to(like), batch.target.to(like)).x.cpu(), target=None)
 
-# %% ../../nbs/16_sample.ipynb #c9615bde
+# %% ../../nbs/16_sample.ipynb #acc114f2
 FLOWS = {k.__name__: k for k in (TarFlow, LatentTarFlow, AdaTarFlow)}
-
-def read_json(path:Path) -> dict:
-    "The object in a JSON file, or nothing where there is none; ValueError for one that is damaged."
-    try: value = json.loads(path.read_text())
-    except FileNotFoundError: return {}
-    except (ValueError, RecursionError, OSError) as e: raise ValueError(f'{path} is not JSON ({e}); it was damaged or cut off') from None
-    if isinstance(value, dict): return value
-    raise ValueError(f'{path} holds a {type(value).__name__}, must be an object of JSON; it was damaged, or is another file')
 
 CARD = {'sample': dict, 'config': dict, 'class_names': list, 'vae_name': str, 'vae': str}
 
@@ -142,7 +134,7 @@ def open_model(name,                 # a folder of save_pretrained or of a run, 
     folder = find_pretrained(name)
     if not (folder/'config.json').exists() and (folder/'model'/'config.json').exists(): folder = folder/'model' # a run of chapter 15
     if not (folder/'config.json').exists(): raise ValueError(f'checkpoint: {name} holds no config.json; give a folder that save_pretrained wrote, or the one of a run that has saved')
-    config, card = read_json(folder/'config.json'), read_json(folder/'card.json')
+    config, card = (read_json(folder/f) if (folder/f).exists() else {} for f in ('config.json', 'card.json'))
     kind, size = str(config.get('_class_name', 'model without a name')), config.get('flow', config) if isinstance(config.get('flow'), dict) else config
     if kind in (*FLOWS, 'SimFlow'): check_card(card, folder/'card.json', size.get('classes', 0))
     over_latents = vae is not None or (folder/'vae').is_dir() or 'vae' in card or 'vae_name' in card
@@ -229,7 +221,7 @@ def class_folder(model:Opened, label) -> str:
     names = list(map(clean, model.card.get('class_names') or range(model.classes)))
     return (names[label] if names.count(names[label]) == 1 else f'{label} {names[label]}') or str(label)
 
-# %% ../../nbs/16_sample.ipynb #e41d0401
+# %% ../../nbs/16_sample.ipynb #61a09f2d
 def replace_file(path:Path, write) -> None: # write: what puts the content into a file of the given name
     "A whole file or none, whatever happens meanwhile."
     tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
@@ -265,7 +257,7 @@ class Place:
     def claim(self, what:dict) -> None:
         "Write down what the samples here are; ValueError where others lie already."
         path = self.folder/'samples.json'
-        old, new = read_json(path), json.loads(json.dumps(what))
+        old, new = read_json(path) if path.exists() else {}, json.loads(json.dumps(what))
         if odd := [k for k in new if old and old.get(k) != new[k]]:
             raise ValueError(f'--out: {self.folder} holds samples with {odd[0]} {old.get(odd[0])!r}, not {new[odd[0]]!r}; take another folder, or delete this one')
         self.folder.mkdir(parents=True, exist_ok=True)

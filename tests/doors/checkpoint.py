@@ -43,6 +43,6 @@ DOORS = [
     door('pack', packed, flow=modules, opt=['adamw', 3, lambda good: torch.optim.AdamW(nn.Linear(3, 3).parameters())], ema=[.9, 'mean']),
     door('weights', lambda tmp: dict(module=net()[0]), module=modules),
 ]
-INNER = {'checks themselves': 'check_path check_run check_save check_tensors check_json cannot_keep',
+INNER = {'checks themselves': 'check_run check_save check_tensors check_json cannot_keep',
          'a record': 'Row Piece',
          'called by `Run`, `save` and `load`, which have checked; tests/test_checkpoint.py has damaged files and folders for each': 'flush_folder write_flushed sha256_of few box stage share_out parts_of in_blocks write_part is_grid canonical hashed layout TheseFiles Reader read_rows read_manifest tensor_files file_problem headers_problem leave_locks now Lock raise_as Writing open_folder point advice write_checkpoint write_pieces not_written publish prune told attempt fitting read_into set_aside make_state'}

@@ -51,7 +51,6 @@ DOORS = [
     door('frechet', lambda tmp: gauss(), mean1=['a mean', None, torch.zeros(2, 2), torch.tensor(1.), torch.zeros(2).long(), torch.full((2,), torch.nan)], cov1=COVS, mean2=['a mean', None, torch.zeros(3), torch.zeros(2, 1)], cov2=COVS),
     door('Moments', lambda tmp: dict(d=3, device='cpu'), d=whole(0), device=DEVICES),
     door('Moments.add', lambda tmp: dict(f=torch.zeros(2, 3)), of=lambda tmp: Moments(3), f=[*tensor(), integers('f'), off('f', 1), one_more_axis('f')]),
-    door('check_device', lambda tmp: dict(name='device', device='cpu'))._replace(bad=dict(device=DEVICES)),
     Door('Extractor', lambda tmp: dict(net=judge(), name='judge', channels=1, size=8, note=''), dict(net=MODULES[:3], name=[None, '', 3], channels=[2, '1', 1.5], size=some_of(whole())), None, {}),
     door('Extractor.look', lambda tmp: dict(levels=torch.zeros(2, 1, 4, 4).byte()), of=lambda tmp: Extractor(nn.Flatten(), 'flat', channels=1), levels=[*tensor(), lambda good: good['levels'].float(), lambda good: good['levels'].long(), one_more_axis('levels')]),
     door('Extractor.__call__', lambda tmp: dict(x=some(2)), of=lambda tmp: Extractor(nn.Flatten(), 'flat', channels=1), x=[*tensor(), integers('x'), one_more_axis('x'), lambda good: good['x'] * torch.nan, off('x', 1)]),

@@ -77,7 +77,7 @@ DOORS = [
     door('plot_run', lambda tmp: dict(folder=run(tmp)), folder=[*FOLDERS, 'not there']),
 ]
 INNER = {
-    'of the log: called by Journal and read_log, which have looked at folder and steps; what a log may hold is tested in test_monitor.py': 'plain parsed run_folder set_aside now flat open_board line duration',
-    'checks themselves': 'device_of check_model',
+    'of the log: called by Journal and read_log, which have looked at folder and steps; what a log may hold is tested in test_monitor.py': 'plain parsed set_aside now flat open_board line duration',
+    'checks themselves': 'check_model',
     'of a flow that block_stats has looked at': 'as_flow wide Sums',
 }

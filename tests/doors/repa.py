@@ -113,7 +113,7 @@ DOORS = [
          every=[v for v in whole() if v is not None]),
 ]
 INNER = {
-    'checks, which the doors above call': 'check_grid as_device as_pairs check_strategy check_pairs check_alignment',
+    'checks, which the doors above call': 'check_grid as_pairs check_strategy check_pairs check_alignment',
     'steps of the strategies, block by block in a training step: Alignment and alignment_gradient have checked': 'Trace trace run_blocks features_in nll_per_dimension nll_of pseudo_reverse vjp push Pulled pull_through run_cut shared_backward upwards downwards',
     'hooks and transforms without arguments of their own': 'KeepClean encoder_may_miss without_encoder',
     'trainings of the checkpoints of the book, too long for a table: seed and steps are checked first, names by check_choice': 'train_vit train_digits_encoder train_digits_encoder_labels train_aligned_flow',

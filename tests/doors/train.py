@@ -52,4 +52,4 @@ INNER = {'called by the transforms with a batch of `batches`': 'keyed_uniform ke
          'called by NLL': 'recomputed',
          'made by `fit`, from arguments that it has checked': 'adamw Kept Late Meter suspects',
          'without arguments: the seam for training at scale': 'Alone',
-         'checks themselves': 'check_dataset check_transforms check_device'}
+         'checks themselves': 'check_dataset check_transforms'}
