@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['DATASETS', 'IN_MEMORY', 'plot_style', 'check_whole', 'check_number', 'check_choice', 'check_path', 'check_folder',
            'check_device', 'read_json', 'check_tensor', 'from_levels', 'to_levels', 'image_grid', 'show_images',
-           'save_images', 'patchify', 'unpatchify', 'keyed', 'stratified', 'ImageSet', 'InMemory', 'check_images',
-           'check_labels', 'load', 'resize_levels', 'Batch', 'Flip', 'batches', 'read_image', 'find_images', 'Folder']
+           'replace_bytes', 'sha256_of_tensors', 'save_images', 'patchify', 'unpatchify', 'keyed', 'stratified',
+           'ImageSet', 'InMemory', 'check_images', 'check_labels', 'load', 'resize_levels', 'Batch', 'Flip', 'batches',
+           'read_image', 'find_images', 'Folder']
 
-# %% ../nbs/00_data.ipynb #d399351c
-import difflib, hashlib, json, math, os, stat
+# %% ../nbs/00_data.ipynb #ebf095a1
+import difflib, hashlib, io, json, math, os, stat
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from numbers import Integral, Real
 from pathlib import Path
@@ -34,7 +35,7 @@ def plot_style():
         'font.size': 9, 'axes.titlesize': 9, 'axes.spines.top': False, 'axes.spines.right': False,
         'legend.frameon': False})
 
-# %% ../nbs/00_data.ipynb #143ba99b
+# %% ../nbs/00_data.ipynb #4ce90a69
 def check_whole(name:str,          # of the argument, as its caller knows it
                 v, least:int=1, most:int=None,
                 what:str='',       # what would be right; by default the range
@@ -71,10 +72,10 @@ def check_folder(name:str, v) -> Path:
     if taken := next((p for p in (path, *path.parents) if p.is_file()), None): raise ValueError(f'{name}: {taken} is a file, must be a folder')
     return path
 
-def check_device(name:str, v) -> torch.device:
-    "A device that can be used here; ValueError that names it for all else."
-    try: return torch.empty(0, device=v).device if v is not None else torch.device(v)
-    except (RuntimeError, AssertionError, TypeError) as e: raise ValueError(f"{name}: {v!r:.80} came, must be a device that can be used here, such as 'cpu' or 'cuda' ({str(e).splitlines()[0]:.80})") from None
+def check_device(name:str, v, here:bool=True) -> torch.device: # here: it has to be one of this machine
+    "A device of torch; ValueError that names it for all else."
+    try: return torch.empty(0, device=torch.device(v)).device if here else torch.device(v)
+    except (RuntimeError, AssertionError, TypeError) as e: raise ValueError(f'{name}: {v!r:.80} cannot be used here ({str(e).splitlines()[0]:.80}); give cpu, cuda or mps') from None
 
 def read_json(path, most:int=64 * 2**20) -> dict: # most: bytes
     "The JSON object in a file; ValueError names a file that is damaged, or is something else."
@@ -198,7 +199,27 @@ def _write_titles(ax, shape, nrow, pad, titles, rows, cols, title):
     ax.spines[:].set_visible(False)
     if title: ax.set_title(title, fontsize=9)
 
-# %% ../nbs/00_data.ipynb #d74c4005
+# %% ../nbs/00_data.ipynb #66af5896
+def replace_bytes(path, content:bytes, flush:bool=True) -> None: # flush: wait until it is on the disk
+    "A whole file or none, whatever happens meanwhile; an OSError names the file."
+    path = Path(path)
+    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')                 # with a dot: `find_images` does not see it
+    try:
+        with open(tmp, 'wb') as f:
+            f.write(content); f.flush()
+            if flush: os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except OSError as e: raise OSError(e.errno, e.strerror, str(path)) from e  # a full disk says no name by itself
+    finally:
+        with suppress(OSError): tmp.unlink()                                  # half a file would fill it further
+
+def sha256_of_tensors(tensors:dict) -> str:
+    "SHA-256 of names, types, shapes and numbers, for a file's metadata: safetensors itself checks none of them."
+    sha = hashlib.sha256()
+    for k, t in sorted(tensors.items()):
+        sha.update(f'{k} {t.dtype} {tuple(t.shape)};'.encode()); sha.update(t.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
+
 def save_images(
     x:Tensor,          # (b, c, h, w), clipped to [-1, 1]
     path,              # of the PNG file; missing folders are made
@@ -208,12 +229,13 @@ def save_images(
     "Write images as one PNG."
     from PIL import Image
     path, grid = check_path('path', path), to_levels(image_grid(x, nrow), 256)
-    if path.is_dir() or path.suffix.lower() not in Image.registered_extensions(): raise ValueError(f'path: {path} came, must be a file whose name ends in .png')
+    if path.is_dir() or path.suffix.lower() != '.png': raise ValueError(f'path: {path} came, must be a file whose name ends in .png')
     zoom = max(1, 32 // x.shape[-1]) if zoom is None else check_whole('zoom', zoom, 1, 100)
     grid = rearrange(grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2), 'c h w -> h w c')
     if not (there := next(p for p in path.absolute().parents if p.exists())).is_dir(): raise ValueError(f'path: {path} would lie in {there}, which is no folder')
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray((grid.squeeze(-1) if grid.shape[-1] == 1 else grid).numpy()).save(path)
+    Image.fromarray((grid.squeeze(-1) if grid.shape[-1] == 1 else grid).numpy()).save(content := io.BytesIO(), 'PNG')
+    replace_bytes(path, content.getvalue())
     return path
 
 # %% ../nbs/00_data.ipynb #300185a1

@@ -9,13 +9,13 @@ __all__ = ['TOLERANCE', 'normal_log_prob', 'Flow', 'check_y', 'check_module', 'c
            'MaskedLinear', 'MADE', 'check_order', 'Autoregressive', 'MAF', 'density_grid', 'OnImages', 'Pretrained',
            'load_strictly', 'weights_folder', 'find_pretrained', 'model_card']
 
-# %% ../nbs/01_flows.ipynb #39017fa0
+# %% ../nbs/01_flows.ipynb #d9b6dfe1
 import math
 from numbers import Integral
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
-from .data import check_device, check_folder, check_number, check_tensor, check_whole, read_json
+from .data import check_device, check_folder, check_number, check_tensor, check_whole, read_json, replace_bytes, sha256_of_tensors
 
 # %% ../nbs/01_flows.ipynb #d70f887d
 # Axis legend of this module: b batch, d dimensions of a vector, k classes.
@@ -457,7 +457,7 @@ class OnImages(Flow):
     def parts(self): return self.flow.parts()
     def sparsity(self): return self.flow.sparsity()
 
-# %% ../nbs/01_flows.ipynb #514dafdb
+# %% ../nbs/01_flows.ipynb #076bac11
 class Pretrained:
     "Save and load in the Hugging Face layout; needs `self.config`, the arguments of `__init__`."
     config: dict = {}
@@ -467,7 +467,7 @@ class Pretrained:
                         card:dict|None=None, # how it was trained: data, sigma, seed, results, command
                        ) -> None:
         "Write config.json, model.safetensors, card.json and README.md."
-        import json, os
+        import hashlib, json
         from safetensors.torch import save
         folder = check_folder('folder', folder)
         card = self.card if card is None else card
@@ -477,30 +477,32 @@ class Pretrained:
         config = {'_class_name': type(self).__name__, **self.config}
         state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
         params = sum(p.numel() for p in self.parameters())
-        files = {'model.safetensors': save(state, {'format': 'pt'}),
-                 'config.json': json.dumps(config, indent=2) + '\n',
+        said = json.dumps(config, indent=2) + '\n'
+        signed = {'format': 'pt', 'sha256': sha256_of_tensors(state), 'config': hashlib.sha256(said.encode()).hexdigest()}
+        files = {'model.safetensors': save(state, signed),
+                 'config.json': said,
                  'card.json': card_text,
                  'README.md': model_card(config, card, params)}
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            tmp = folder/f'{name}.{os.getpid()}.tmp'
-            tmp.write_bytes(content if isinstance(content, bytes) else content.encode())
-            os.replace(tmp, folder/name)
+        for name, content in files.items(): replace_bytes(folder/name, content if isinstance(content, bytes) else content.encode())
 
     @classmethod
     def from_pretrained(cls, name,    # a folder, a checkpoint of the book, or `owner/name` on the hub
                         device='cpu'):
         "Build the model from its config and load its weights, strictly; in eval mode."
         device, folder = check_device('device', device), find_pretrained(name)
-        config, state, card = _read_pretrained(folder, cls.__name__)
+        config, state, card, same = _read_pretrained(folder, cls.__name__)
         have, wrong = sum(v.numel() for v in state.values()), f'{folder/"config.json"} does not describe a {cls.__name__}'
         try:
-            if (least := cls.least(**config)) > have: raise ValueError(f'it would have {least:,} numbers or more, model.safetensors holds {have:,}')
+            try: least = cls.least(**config)
+            except TypeError: least = 0                         # a word for a number: the class itself says it better
+            if least > have: raise ValueError(f'it would have {least:,} numbers or more, model.safetensors holds {have:,}')
             model = cls(**config)
         except ImportError: raise
         except Exception as e: raise ValueError(f'{wrong} ({type(e).__name__}: {e})') from None     # what others wrote may fail anywhere
         model.to(next((v.dtype for v in state.values() if v.is_floating_point()), torch.float32))
         load_strictly(model, state, str(folder/'model.safetensors'))
+        if not same: raise ValueError(f'{folder/"config.json"} was changed since the weights were written with it; take a copy, or save the model again')
         if card is not None: model.card = card
         return model.to(device).eval()
 
@@ -510,11 +512,11 @@ class Pretrained:
         sizes = [Pretrained.least(**v) if isinstance(v, dict) else v for v in config.values()]
         return max([v for v in sizes if isinstance(v, int)], default=0)
 
-# %% ../nbs/01_flows.ipynb #72e6a768
+# %% ../nbs/01_flows.ipynb #c02be89e
 def _read_pretrained(folder, kind:str):
-    "(config, state, card or None) of a model of class `kind`; ValueError names a bad file."
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    "(config, state, card or None, is the config the one that was written?) of a model of class `kind`; ValueError names a bad file."
+    import hashlib
+    from safetensors import SafetensorError, safe_open
     path, weights, card = folder/'config.json', folder/'model.safetensors', folder/'card.json'
     if not path.exists():
         raise ValueError(f'name: {folder} holds no config.json; '
@@ -522,10 +524,13 @@ def _read_pretrained(folder, kind:str):
     config = read_json(path)
     if (found := config.pop('_class_name', kind)) != kind:
         raise ValueError(f'name: {folder} holds a {found}, not a {kind}; call {found}.from_pretrained')
-    try: state = load_file(weights)
+    try:
+        with safe_open(weights, 'pt') as f: signed, state = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
     except (OSError, SafetensorError) as e:
         raise ValueError(f'{weights} cannot be read ({e}); it is missing or was cut off') from None
-    return config, state, read_json(card) if card.exists() else None
+    if 'sha256' in signed and signed['sha256'] != sha256_of_tensors(state): raise ValueError(f'{weights} holds other numbers than were written: it was damaged; take a copy, or let the run write it again')
+    same = signed.get('config', own := hashlib.sha256(path.read_bytes()).hexdigest()) == own
+    return config, state, read_json(card) if card.exists() else None, same
 
 # %% ../nbs/01_flows.ipynb #0cd33ab5
 def load_strictly(model:nn.Module, state:dict, source:str) -> None:

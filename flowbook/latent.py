@@ -6,17 +6,17 @@
 __all__ = ['VAES', 'DIGITS_VAE', 'MEMORY', 'LATENT', 'LATENTS', 'places', 'check_turning', 'angles', 'turn', 'turned',
            'RopeAttention', 'swiglu_width', 'SwiGLU', 'RopeLayer', 'LatentTarFlow', 'FastRopeLayer', 'Vae', 'check_vae',
            'posterior', 'load_vae', 'check_vae_reachable', 'VaeLoss', 'train_digits_vae', 'judged', 'Encode',
-           'drawn_keyed', 'Pick', 'cache_latents', 'replace_bytes', 'write_plan', 'read_plan', 'CachedLatents',
-           'LatentFlow', 'train_latent', 'with_latent_card', 'train_latent_flow', 'judge_latent', 'latent_two_step']
+           'drawn_keyed', 'Pick', 'cache_latents', 'write_plan', 'read_plan', 'CachedLatents', 'LatentFlow',
+           'train_latent', 'with_latent_card', 'train_latent_flow', 'judge_latent', 'latent_two_step']
 
-# %% ../nbs/12_latent.ipynb #3fcfa6ca
-import functools, hashlib, json, math, os
+# %% ../nbs/12_latent.ipynb #af99d292
+import functools, hashlib, json, math, tempfile
 from pathlib import Path
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from .classify import check_data
-from .data import ImageSet, _indices, batches, check_choice, check_device, check_folder, check_number, check_tensor, check_whole, keyed, load, read_json
+from .data import ImageSet, _indices, batches, check_choice, check_device, check_folder, check_number, check_tensor, check_whole, keyed, load, read_json, replace_bytes
 from .denoise import denoise as remove_noise
 from .evidence import EXPERIMENTS, Verdict, all_of, experiment, lower
 from .flows import find_pretrained, model_card, weights_folder
@@ -153,7 +153,7 @@ VAES = {'sd-vae-ft-ema': 'stabilityai/sd-vae-ft-ema',    # R-REPA §5: f 8, 4 ch
 DIGITS_VAE = 'digits-vae'                                # the book's own, in `flowbook/weights`
 MEMORY = ('whole', 'slices', 'tiles')                    # what is decoded at once
 
-# %% ../nbs/12_latent.ipynb #26217ba2
+# %% ../nbs/12_latent.ipynb #8006aaef
 class Vae(nn.Module):
     "A frozen autoencoder of diffusers: images in [-1, 1] -> scaled latents, and back. R-REPA §4.3."
     def __init__(self, model:nn.Module,   # an AutoencoderKL, which is frozen here
@@ -216,16 +216,19 @@ class Vae(nn.Module):
         if not isinstance(card, dict): raise ValueError(f'card: {type(card).__name__} came, must be a dictionary')
         try: facts = json.dumps(card, indent=2) + '\n'
         except (TypeError, ValueError) as e: raise ValueError(f'card: it holds what JSON cannot ({few_words(e)})') from None
-        self.model.save_pretrained(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as tmp:                              # diffusers writes in place; a run that is killed meanwhile would leave half a VAE
+            self.model.save_pretrained(tmp)
+            for p in Path(tmp).iterdir(): replace_bytes(folder/p.name, p.read_bytes())
         config = {k: v for k, v in self.model.config.items() if v is not None and k[0] != '_'}
         replace_bytes(folder/'card.json', facts.encode())
         replace_bytes(folder/'README.md', model_card({**config, '_class_name': 'AutoencoderKL'}, card, sum(p.numel() for p in self.parameters())).encode())
 
     def __repr__(self): return f'{self.name}: factor {self.factor}, {self.channels} channels, scale {self.scale:.5g}, {sum(p.numel() for p in self.parameters()):,} parameters'
 
-# %% ../nbs/12_latent.ipynb #107d9f54
+# %% ../nbs/12_latent.ipynb #410916b9
 def check_vae(vae) -> Vae:
-    if not isinstance(vae, Vae): raise ValueError(f'vae: {type(vae).__name__} came, must be a Vae; load_vae(name) gives one')
+    if isinstance(vae, type) or not all(hasattr(vae, k) for k in ('identity', 'name', 'scale', 'latent_shape', 'moments')): raise ValueError(f'vae: {type(vae).__name__} came, must be a Vae; load_vae(name) gives one')
     return vae
 
 def posterior(moments:Tensor,              # (b, 2, c, h, w) mean and standard deviation
@@ -366,10 +369,6 @@ def cache_latents(vae:Vae, data, folder,   # a dataset; where the shards go
     return folder
 
 # %% ../nbs/12_latent.ipynb #0dd2a190
-def replace_bytes(path:Path, content:bytes) -> None:
-    tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-    tmp.write_bytes(content); os.replace(tmp, path)
-
 def write_plan(folder:Path, plan:dict) -> None:
     "What the shards are of; ValueError where others lie there already."
     if not (path := folder/'plan.json').exists(): return replace_bytes(path, (json.dumps(plan, indent=2) + '\n').encode())
@@ -481,7 +480,7 @@ class LatentFlow(nn.Module):
         check_folder('folder', folder)
         if card is not None and not isinstance(card, dict): raise ValueError(f'card: {type(card).__name__} came, must be a dictionary')
         self.flow.card = {**(self.flow.card if card is None else card), 'vae': self.vae.identity, 'vae_name': self.vae.name}
-        self.flow.save_pretrained(folder); self.vae.save_pretrained(Path(folder)/'vae')
+        self.vae.save_pretrained(Path(folder)/'vae'); self.flow.save_pretrained(folder)   # in this order: a config.json says that all is there
 
     @classmethod
     def from_pretrained(cls, name, vae=None, # the VAE: a name for `load_vae`, or a Vae; None: the one saved beside it, or the one that the card names

@@ -11,7 +11,7 @@ __all__ = ['INCEPTION_URL', 'INCEPTION_SHA256', 'METRICS', 'DigitClassifier', 'C
            'load_statistics', 'evaluate', 'distance', 'check_given', 'by_fidelity', 'fid_curve', 'fid_at_infinity',
            'reconstruction', 'lpips']
 
-# %% ../nbs/05_metrics.ipynb #a8bdddc6
+# %% ../nbs/05_metrics.ipynb #96332870
 import hashlib, io, json, math, os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
-from .data import Folder, ImageSet, _files, batches, check_choice, check_device, check_images, check_number, check_path, check_tensor, check_whole, load, to_levels
+from .data import Folder, ImageSet, _files, batches, check_choice, check_device, check_images, check_number, check_path, check_tensor, check_whole, load, replace_bytes, sha256_of_tensors, to_levels
 from .flows import Pretrained
 from .train import fit, keyed_normal, keyed_uniform
 
@@ -502,11 +502,7 @@ def save_statistics(stats:Statistics, path, features:bool=False) -> Path: # feat
     if features: tensors['features'] = stats.features.contiguous()
     facts = {k: getattr(stats, k) for k in ('extractor', 'preprocessing', 'dataset', 'sha256', 'n')}
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-    try:
-        tmp.write_bytes(save(tensors, {'flowbook_statistics': json.dumps(facts)}))
-        os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
+    replace_bytes(path, save(tensors, {'flowbook_statistics': json.dumps({**facts, 'numbers': sha256_of_tensors(tensors)})}))
     return path
 
 # %% ../nbs/05_metrics.ipynb #d5ac4124
@@ -519,6 +515,7 @@ def load_statistics(path) -> Statistics:
         with safe_open(path, 'pt') as f:
             facts = json.loads((f.metadata() or {})['flowbook_statistics'])
             tensors = {k: f.get_tensor(k) for k in f.keys()}
+            if facts.pop('numbers', own := sha256_of_tensors(tensors)) != own: raise ValueError('other numbers than were written: it was damaged')
         if not all(isinstance(facts[k], str) for k in ('extractor', 'preprocessing', 'dataset', 'sha256')): raise ValueError('its facts are no texts')
         n, moments = check_whole('n', facts.pop('n'), 2), {}
         for k in ('pooled', 'spatial'):

@@ -7,13 +7,13 @@ __all__ = ['LONGEST', 'SHOWN', 'PEAKS', 'plain', 'parsed', 'set_aside', 'now', '
            'duration', 'read_log', 'peak', 'memory', 'Speed', 'as_flow', 'wide', 'Sums', 'block_stats', 'groups',
            'norms', 'filled', 'check_model', 'at_rest', 'drawn', 'grid', 'quality', 'plot_run']
 
-# %% ../nbs/15_monitor.ipynb #c0818064
+# %% ../nbs/15_monitor.ipynb #85b769b3
 import datetime, json, math, os, re, sys, time, warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 import torch
 from torch import nn, Tensor
-from .data import check_choice, check_device, check_number, check_path, check_tensor, check_whole, keyed, save_images
+from .data import check_choice, check_device, check_number, check_path, check_tensor, check_whole, keyed, replace_bytes, save_images
 from .denoise import denoise
 from .guidance import Guidance, score_guidance
 from .metrics import evaluate, gathered, rank_part, ranks
@@ -48,11 +48,11 @@ def set_aside(path:Path, start:int) -> int: # -> how many
     gone = [line for line in lines if not stays(line)]
     if not gone: return 0
     head = json.dumps({'time': now(), 'event': 'set aside', 'step': start, 'lines': len(gone)}).encode() + b'\n'
-    with open(path.with_name(f'{path.stem}.aside.jsonl'), 'ab') as f:
-        f.write(head + b''.join(line.rstrip(b'\n') + b'\n' for line in gone)); f.flush(); os.fsync(f.fileno())
-    tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-    with open(tmp, 'wb') as f: f.write(b''.join(line for line in lines if stays(line))); f.flush(); os.fsync(f.fileno())
-    os.replace(tmp, path)
+    try:
+        with open(aside := path.with_name(f'{path.stem}.aside.jsonl'), 'ab') as f:
+            f.write(head + b''.join(line.rstrip(b'\n') + b'\n' for line in gone)); f.flush(); os.fsync(f.fileno())
+    except OSError as e: raise OSError(e.errno, e.strerror, str(aside)) from e
+    replace_bytes(path, b''.join(line for line in lines if stays(line)))
     return len(gone)
 
 def now() -> str: return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='milliseconds')
@@ -90,7 +90,7 @@ class Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder/'log.jsonl'
         aside = set_aside(self.path, start)
-        self.file = open(self.path, 'a', encoding='utf-8')
+        self.file, self.waiting = open(self.path, 'ab', buffering=0), b''
         self.board = open_board(self.folder, start) if tensorboard else None
         if start: self.note('resumed', start, set_aside=aside)
 
@@ -136,12 +136,16 @@ class Journal:
         if not isinstance(report, dict) or type(report.get('step')) is not int: raise ValueError(f"report: {report!r:.60} came, must be a dictionary with the number of a 'step'")
 
     def _line(self, entry):
-        self.file.write(json.dumps({'time': now(), **plain(entry)}, allow_nan=False) + '\n')
-        self.file.flush()
+        told, self.waiting = bool(self.waiting), self.waiting + json.dumps({'time': now(), **plain(entry)}, allow_nan=False).encode() + b'\n'
+        try:
+            while self.waiting: self.waiting = self.waiting[self.file.write(self.waiting):]
+        except OSError as e:                                                     # a full disk: no reason to lose what was computed
+            if not told: warnings.warn(f'{self.path} cannot be written ({e.strerror}); its lines wait for room, the training goes on')
 
     def close(self) -> None:
         for f in (self.file, self.board):
-            if f is not None: f.close()
+            with suppress(OSError):                                              # what could not be written was said when it was written
+                if f is not None: f.close()
         self.file = self.board = None
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
@@ -175,7 +179,7 @@ def read_log(folder, events:bool=False) -> list: # of dicts, in order of the ste
     if odd: warnings.warn(f'{path}: {len(odd)} of {len(lines)} lines are no reports and are left out, the first is line {odd[0]}; the file is damaged, or something else wrote there')
     return [{k: math.nan if v is None else v for k, v in e.items()} for e in entries if e is not None and ('event' in e) == events]
 
-# %% ../nbs/15_monitor.ipynb #9e275bd1
+# %% ../nbs/15_monitor.ipynb #f521698b
 # dense FLOP/s of the datasheets (their sparse figures halved); a precision that is missing is not in the hardware
 PEAKS = {r'A100|A800': {'bf16': 312e12, 'tf32': 156e12, 'fp32': 19.5e12},
          r'H[18]00 PCIe': {'bf16': 756.5e12, 'tf32': 378e12, 'fp32': 51e12},
@@ -200,14 +204,14 @@ def peak(device, precision:str='bf16') -> float|None: # a device, or its name as
     check_choice('precision', precision, ('bf16', 'tf32', 'fp32'))
     name = device if isinstance(device, str) and not re.fullmatch(r'(cpu|mps|cuda)(:\d+)?', device) else None
     if name is None:
-        if check_device('device', device).type != 'cuda' or not torch.cuda.is_available(): return None
+        if check_device('device', device, here=False).type != 'cuda' or not torch.cuda.is_available(): return None
         name = torch.cuda.get_device_name(device)
     if re.search(r'\bMIG\b|Laptop|Max-Q', name): return None
     return next((p.get(precision) for pattern, p in PEAKS.items() if re.search(rf'\b(?:{pattern})(?![A-Za-z])', name)), None)
 
 def memory(device='cpu') -> float: # gigabytes (10^9 bytes)
     "On CUDA the most that tensors ever held; elsewhere what the process holds now."
-    if check_device('device', device).type == 'cuda': return torch.cuda.max_memory_allocated(device) / 1e9
+    if check_device('device', device, here=False).type == 'cuda': return torch.cuda.max_memory_allocated(device) / 1e9
     try: return int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 1e9
     except (OSError, AttributeError, ValueError): pass
     try: import resource
@@ -225,7 +229,7 @@ class Speed:
         for name, v, least in (('batch_size', batch_size, 1), ('start', start, 0)): check_whole(name, v, least)
         for name, v in (('world', world), ('steps', steps)): v is None or check_whole(name, v)
         if flops is not None: check_number('flops', flops, 0)
-        self.batch_size, self.flops, self.world, self.device, self.step, self.steps = batch_size, flops, world or ranks(), check_device('device', device), start, steps
+        self.batch_size, self.flops, self.world, self.device, self.step, self.steps = batch_size, flops, world or ranks(), check_device('device', device, here=False), start, steps
         self.peak, self.began, self.waited, self.out = peak(device, precision), time.perf_counter(), 0., 0.
         self.resting = False
 

@@ -281,7 +281,7 @@ def other_looks(was:dict, now:dict) -> bool:
     both = [(a, b) for k in was.keys() & now.keys() for a, b in zip(was[k], now[k]) if a is not None and b is not None]
     return 2 * sum(abs(a - b) > .01 * max(1, abs(a)) for a, b in both) > len(both)
 
-# %% ../nbs/15_scale.ipynb #ff3dab1a
+# %% ../nbs/15_scale.ipynb #c036d656
 class Training:
     "One run of one configuration: what `train` puts together."
     def __init__(self, c:Config, run:Run, world:World, stop:Stop, data, every:int, save_every:int, keep:int, sample_every:int, fid_every:int, judge):
@@ -296,6 +296,7 @@ class Training:
     def go(self, resume:bool, console, tensorboard:bool) -> Outcome:
         "All stages, from where the newest intact checkpoint is."
         self.at, total, first = self.find(resume), sum(s.steps for s in self.recipe.stages), 0
+        if not self.world.rank: (self.run.folder/'status').unlink(missing_ok=True) # of an earlier part; not before it is known that this one goes on
         with Journal(self.run.folder, self.at, total, console, tensorboard) as self.journal:
             if self.changed: self.journal.note('changed', self.at, **self.changed)
             for i, stage in enumerate(self.recipe.stages):
@@ -343,7 +344,7 @@ class Training:
         c, (stage, model, mean) = self.c, self.prepared(i)
         whole = flops(c, before=i + 1 < len(self.recipe.stages))
         speed = Speed(c.optim.batch_size, sum(whole.values()), self.world.size, self.world.device, 'bf16' if c.system.amp == 'bf16' else 'fp32', max(self.at, first), total)
-        loop = Parallel(self.world, c.system.accumulate, max(self.at - first, 0), c.seed, lambda k: k == stage.steps or self.due(first + k), self.stop, self.restore(first))
+        loop = Parallel(self.world, c.system.accumulate, max(self.at - first, 0), c.seed, lambda k: k == stage.steps or self.due(first + k), self.stop, self.restore(first, stage))
         k, loaders = max(self.at, first), []
         def feed():                                                              # opened at the first step: then it is known where to start
             loaders.append(loader(self.data, c.optim.batch_size, c.seed, stage.transforms, loop.done, (self.world.rank, self.world.size), c.system.accumulate, c.system.workers))
@@ -367,13 +368,14 @@ class Training:
 
     def due(self, k:int) -> bool: return any(n and k % n == 0 for n in (self.save_every, self.sample_every, self.fid_every))
 
-    def restore(self, first:int):
+    def restore(self, first:int, stage):
         "What `fit` calls before its first step; nothing, where nothing was saved."
         def put(model, objective, opt, mean):
             self.parts = model, objective, opt, mean
             if self.at > first: load(self.run, lambda names: pack(model, objective, opt, mean, names), step=self.at, verify='sizes')
             elif self.at == first > 0:                                           # between two stages: what they share
                 load(self.run, lambda names: {k: v for k, v in pack(model, objective).items() if k in names}, step=self.at, verify='sizes', strict=False)
+            if self.at > first: self.picture(self.at, stage, model, mean, last=self.at == first + stage.steps, lost=True)
         return put
 
     def after(self, k:int, report:dict, stage, model, mean, loop, last:bool) -> None:
@@ -387,13 +389,29 @@ class Training:
             report |= quality(shown, *self.judge, **self.way())
         self.journal.write(report)
         if ending or k % self.save_every == 0:
-            save(self.run, k, pack(*self.parts), {**self.meta, 'stage': stage.name}, keep=self.keep, asynchronous=not ending)
-            self.export(k, stage, model, mean, shown)
-            self.journal.note('saved', k)
-        if self.sample_every and (k % self.sample_every == 0 or last):
-            shown = shown or self.plain(stage, model, mean)
-            self.journal.image('samples', grid(shown, self.run.folder, k, **self.way()), k)
+            failed = self.failed(self.run.wait, k, CheckpointError)              # of the save before: this one is tried all the same, and waited for
+            save(self.run, k, pack(*self.parts), {**self.meta, 'stage': stage.name}, keep=self.keep, asynchronous=not ending and not failed)
+            failed = self.failed(lambda: self.export(k, stage, model, mean, shown), k, () if ending else OSError)
+            if not failed: self.journal.note('saved', k)
+        self.picture(k, stage, model, mean, shown, last)
         if loop.stopping: self.journal.note('stopped', k, by=self.stop.seen or 'another process')
+
+    def failed(self, f, k:int, kind) -> bool:
+        "Did f fail in this way? Then it is said, and the run goes on: what was computed is worth more."
+        try: f()
+        except kind as e:
+            warnings.warn(str(e)); self.journal.note('not written', k, what=str(e))
+            return True
+        return False
+
+    def picture(self, k:int, stage, model, mean, shown=None, last:bool=False, lost:bool=False) -> None: # lost: only if a run that was killed did not come to it
+        "Samples, when it is time."
+        if not self.sample_every or not (k % self.sample_every == 0 or last): return
+        if lost and self.run.every(lambda: (self.run.folder/'samples'/f'step-{k:08}.png').exists())[0]: return
+        def draw():
+            with torch.random.fork_rng(devices=[]): path = grid(shown or self.plain(stage, model, mean), self.run.folder, k, **self.way())
+            self.journal.image('samples', path, k)
+        self.failed(draw, k, OSError)
 
     def empty(self, stage) -> nn.Module:
         "A model of this stage whose weights are to be filled in."

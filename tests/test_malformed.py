@@ -75,6 +75,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     WATCHING.clear(); WRITES.clear()
+    if 'matplotlib.pyplot' in sys.modules: sys.modules['matplotlib.pyplot'].close('all')
 
 
 @pytest.mark.parametrize('module, d', GOOD)

@@ -189,7 +189,6 @@ def test_a_run_that_was_killed_twenty_times_is_the_run(killed, want, tried):
 
 
 @pytest.mark.slow
-@AWAITS('a picture is written whole, and drawn where it is missing')
 def test_the_last_picture(want, tmp_path):
     "Killed after the last save, before the picture: nothing is left to train, but something to draw."
     status, said = call('train', pixels(12), tmp_path, before=at_event(tmp_path/'run', die, name='step-00000012.png'))
@@ -199,7 +198,6 @@ def test_the_last_picture(want, tmp_path):
 
 
 @pytest.mark.slow
-@AWAITS('what dead processes left is cleared away')
 def test_and_nothing_piles_up(killed, want): assert not left_over(killed[0], want[0])
 
 
@@ -218,7 +216,6 @@ def test_killed_at_this_file(want, tmp_path, name):
 
 
 @pytest.mark.slow
-@AWAITS('the VAE beside a model is written whole')
 def test_killed_while_the_vae_is_written(tmp_path):
     "In the middle of its weights, at the second save: what the first one left can be used meanwhile."
     from diffusers import AutoencoderKL  # noqa: F401  before the fork: it takes long
@@ -367,7 +364,6 @@ def test_a_disk_that_fills_when_this_file_is_written(want, disk, tmp_path, name,
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['log.jsonl', 'model.safetensors', '.png', 'status'])
-@AWAITS('an error of the disk names its file and says what to do, whatever was written')
 def test_what_is_said_then(want, disk, tmp_path, name):
     _, said = call('train', pixels(12, disk/'run'), tmp_path, before=at_event(disk/'run', lambda: fill(disk), name=name))
     assert 'free some space' in said.strip().splitlines()[-1] and name in said, said
@@ -410,7 +406,6 @@ def test_a_disk_that_turns_read_only(want, tmp_path, tried):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('full, room', [('step-00000003.png', 'being-written-step-00000004'), ('being-written-step-00000004/part-', 'being-written-step-00000006')])
-@AWAITS('a full disk costs nothing if there is room again at the next save')
 @pytest.mark.fault('disk', 'the disk is full for a while, with room again before the next save', 'the run says so and goes on, nothing is lost; nothing to do')
 def test_a_disk_that_is_full_for_a_while(want, disk, tmp_path, full, room):
     "A picture, a line of the log and one save fail; when the next save comes, there is room again."
@@ -557,7 +552,6 @@ def test_every_file_that_a_command_opens(finished, tmp_path, name, tried):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name, file', UNNAMED)
-@AWAITS('who reads JSON names the file')
 def test_every_file_is_named(finished, tmp_path, name, file):
     (work := tmp_path/'work').mkdir()
     assert not judged(name, file, finished, work, b'', tmp_path/'it-ran')
@@ -611,9 +605,9 @@ def worst(content, key):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name, file, key', [pytest.param('sample', 'run/model/config.json', 'head_dim', marks=AWAITS('weights, configuration and statistics are signed')),
-                                             pytest.param('sample', 'run/model/model.safetensors', 'blocks.1.proj_out.bias', marks=AWAITS('weights, configuration and statistics are signed')),
-                                             pytest.param('evaluate', 'stats.safetensors', 'pooled.mean', marks=AWAITS('weights, configuration and statistics are signed')),
+@pytest.mark.parametrize('name, file, key', [('sample', 'run/model/config.json', 'head_dim'),
+                                             ('sample', 'run/model/model.safetensors', 'blocks.1.proj_out.bias'),
+                                             ('evaluate', 'stats.safetensors', 'pooled.mean'),
                                              pytest.param('sample', 'run/model/card.json', 'sigma', marks=AWAITS('cards are signed, which are also written by hand')),
                                              ('sample a latent flow', 'latent/model/vae/config.json', 'scaling_factor'), ('sample a latent flow', 'latent/model/vae/diffusion_pytorch_model.safetensors', 'decoder.conv_out.bias')])
 @pytest.mark.fault('disk', 'one bit of a number flips in weights, their configuration or statistics', 'refused, and the file or its folder is named; take a copy, or let the run write it again')
@@ -669,7 +663,6 @@ def test_two_commands_on_one_folder(want, tmp_path, tried):
 
 
 @pytest.mark.slow
-@AWAITS('the status is taken away by who has the lock')
 def test_a_refused_command_leaves_the_status(want, tmp_path):
     shutil.copytree(want[0], tmp_path/'run')
     status, said = call('train', pixels(12, 'run', 'noise.sigma=0.7'), tmp_path)
@@ -756,7 +749,6 @@ def test_a_later_version(want, tmp_path, tried):
 
 
 @pytest.mark.slow
-@AWAITS('a checkpoint of a later version is no damaged one')
 @pytest.mark.fault('configuration', *LATER)
 def test_a_newest_checkpoint_of_a_later_version_is_not_pushed_aside(want, tmp_path):
     resigned(Path(shutil.copytree(want[0], tmp_path/'run'))/'checkpoints'/'step-00000012', format='flowbook checkpoint 2')

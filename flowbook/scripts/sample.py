@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['KINDS', 'FLOWS', 'CARD', 'WHICH', 'MOST_IN_A_GRID', 'Way', 'Drawn', 'Opened', 'OpenedLatent', 'OpenedJoint',
            'check_card', 'open_model', 'add_way', 'way_of', 'known_noise', 'check_way', 'pick_classes', 'class_folder',
-           'replace_file', 'write_png', 'write_tensors', 'Place', 'agreed', 'grid_columns', 'parser', 'best_device',
-           'main', 'shown_again', 'summary', 'cli']
+           'write_png', 'write_tensors', 'Place', 'agreed', 'grid_columns', 'parser', 'best_device', 'main',
+           'shown_again', 'summary', 'cli']
 
-# %% ../../nbs/16_sample.ipynb #3118c981
-import argparse, json, os, re, time
+# %% ../../nbs/16_sample.ipynb #56a1f4aa
+import argparse, io, json, os, re, time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from ..data import check_choice, check_number, check_tensor, check_whole, from_levels, keyed, read_image, read_json, save_images, to_levels
+from ..data import check_choice, check_number, check_tensor, check_whole, from_levels, keyed, read_image, read_json, replace_bytes, save_images, to_levels
 from ..denoise import denoise
 from ..flows import find_pretrained
 from ..guidance import SCHEDULES, ClassGuidance, Guidance, StarGuidance, TemperatureGuidance, check_weight, score_guidance
@@ -222,23 +222,18 @@ def class_folder(model:Opened, label) -> str:
     return (names[label] if names.count(names[label]) == 1 else f'{label} {names[label]}') or str(label)
 
 # %% ../../nbs/16_sample.ipynb #61a09f2d
-def replace_file(path:Path, write) -> None: # write: what puts the content into a file of the given name
-    "A whole file or none, whatever happens meanwhile."
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try: write(tmp); os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
-
 def write_png(x:Tensor, path:Path) -> None: # (c, h, w); what is no number becomes grey
     "One image, pixel for pixel."
     from PIL import Image
     v = to_levels(x.nan_to_num(0., 1., -1.), 256).cpu()
     image = Image.fromarray((v[0] if len(v) == 1 else v.permute(1, 2, 0).contiguous()).numpy())
-    replace_file(path, lambda tmp: image.save(tmp, 'PNG'))
+    image.save(content := io.BytesIO(), 'PNG')
+    replace_bytes(path, content.getvalue(), flush=False)                         # thousands of small ones: a flush each would take longer than the drawing
 
 def write_tensors(tensors:dict, path:Path) -> None:
     "Tensors of one sample, as safetensors."
     from safetensors.torch import save
-    replace_file(path, lambda tmp: tmp.write_bytes(save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})))
+    replace_bytes(path, save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}), flush=False)
 
 @dataclass(frozen=True)
 class Place:
@@ -261,7 +256,7 @@ class Place:
         if odd := [k for k in new if old and old.get(k) != new[k]]:
             raise ValueError(f'--out: {self.folder} holds samples with {odd[0]} {old.get(odd[0])!r}, not {new[odd[0]]!r}; take another folder, or delete this one')
         self.folder.mkdir(parents=True, exist_ok=True)
-        replace_file(path, lambda tmp: tmp.write_text(json.dumps(new, indent=2) + '\n'))
+        replace_bytes(path, (json.dumps(new, indent=2) + '\n').encode())
 
 # %% ../../nbs/16_sample.ipynb #90c83191
 def agreed(find, n:int, rank:int, device) -> Tensor: # (m,) int64: numbers of the samples that are to be drawn

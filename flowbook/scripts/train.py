@@ -9,7 +9,7 @@ __all__ = ['STOPPED', 'UNPLANNED', 'parser', 'configured', 'write_status', 'main
 import argparse, json, os, sys
 from pathlib import Path
 from ..configs import Config, changed, describe, find_config, listing, override
-from ..latent import replace_bytes
+from ..data import replace_bytes
 from ..plan import data_problems, plan, told
 from ..recipe import adapt, open_images
 
@@ -97,7 +97,6 @@ Always -m: run by its path, `python flowbook/scripts/train.py`, the script does 
     if not a.out: raise ValueError('--out: missing; give a folder for the run (--dry-run and --describe need none)')
     from flowbook.scale import train                        # the engine: not for a list or a plan
     if gone := data_problems(c): raise ValueError(f'data: {gone[0].says}; {gone[0].help}') # here a folder that is only elsewhere stops, too
-    write_status(a.out)
     found = train(c, a.out, device=a.device, every=a.every, save_every=a.save_every, keep=a.keep, sample_every=a.sample_every, fid_every=a.fid_every,
                   fid_n=a.fid_samples, reference=a.reference, extractor=a.extractor, resume=not a.no_resume)
     write_status(a.out, found.state)
@@ -112,7 +111,10 @@ def status_of(found) -> int: # of what `main` returned
 def cli() -> None:
     "The console script: a mistake ends with one sentence."
     try: found = main()
-    except (ValueError, OSError, ImportError, RuntimeError) as e:
+    except OSError as e:
+        from flowbook.checkpoint import advice
+        sys.exit(f'flowbook_train: {e}. {advice(e)}')
+    except (ValueError, ImportError, RuntimeError) as e:
         if type(e) is RuntimeError: raise                   # PyTorch's own say more with their traceback; ours are kinds of it
         sys.exit(f'flowbook_train: {e}')
     sys.exit(status_of(found))

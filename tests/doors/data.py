@@ -64,4 +64,5 @@ DOORS = [
     door('find_images', lambda tmp: dict(root=pets(tmp), split='test'), root=[*PATHS, 'absent', 'a' * 5000, __file__, lambda good: good['root']/'a'], split=choice()),
 ]
 INNER = {'without arguments': 'plot_style',
-         'a record': 'Batch'}
+         'a record': 'Batch',
+         'bytes and tensors that the library writes and reads: tests/test_nothing_lost.py': 'replace_bytes sha256_of_tensors'}

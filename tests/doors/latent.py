@@ -116,7 +116,7 @@ DOORS = [
     door('train_latent', lambda tmp: dict(c=RECIPE, data=cached(tmp), vae=vae(), seed=0), c=['recipe', None, {}, gone('c')], data=['digits', None, lambda good: data()], vae=[*NO_VAE, lambda good: vae(1)], seed=whole(0)),
 ]
 INNER = {
-    'checks and files, which the doors above call': 'check_turning check_vae replace_bytes write_plan check_vae_reachable',
+    'checks and files, which the doors above call': 'check_turning check_vae write_plan check_vae_reachable',
     'steps of layers, transforms and samplers': 'turned FastRopeLayer drawn_keyed with_latent_card',
     'the training of a checkpoint of the book, too long for a table: name, seed and steps are checked first': 'train_latent_flow',
     'the experiment of the chapter, which chapter 03 runs by its name': 'judge_latent latent_two_step',
