@@ -457,7 +457,7 @@ class OnImages(Flow):
     def parts(self): return self.flow.parts()
     def sparsity(self): return self.flow.sparsity()
 
-# %% ../nbs/01_flows.ipynb #076bac11
+# %% ../nbs/01_flows.ipynb #b0dcf769
 class Pretrained:
     "Save and load in the Hugging Face layout; needs `self.config`, the arguments of `__init__`."
     config: dict = {}
@@ -478,8 +478,8 @@ class Pretrained:
         state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
         params = sum(p.numel() for p in self.parameters())
         said = json.dumps(config, indent=2) + '\n'
-        signed = {'format': 'pt', 'sha256': sha256_of_tensors(state), 'config': hashlib.sha256(said.encode()).hexdigest()}
-        files = {'model.safetensors': save(state, signed),
+        signed = {'sha256': sha256_of_tensors(state), 'config': hashlib.sha256(said.encode()).hexdigest()}
+        files = {'model.safetensors': save(state, {'flowbook': json.dumps(signed)}),   # one key: safetensors writes several in any order
                  'config.json': said,
                  'card.json': card_text,
                  'README.md': model_card(config, card, params)}
@@ -512,10 +512,10 @@ class Pretrained:
         sizes = [Pretrained.least(**v) if isinstance(v, dict) else v for v in config.values()]
         return max([v for v in sizes if isinstance(v, int)], default=0)
 
-# %% ../nbs/01_flows.ipynb #c02be89e
+# %% ../nbs/01_flows.ipynb #1ec1a6e3
 def _read_pretrained(folder, kind:str):
     "(config, state, card or None, is the config the one that was written?) of a model of class `kind`; ValueError names a bad file."
-    import hashlib
+    import hashlib, json
     from safetensors import SafetensorError, safe_open
     path, weights, card = folder/'config.json', folder/'model.safetensors', folder/'card.json'
     if not path.exists():
@@ -525,8 +525,8 @@ def _read_pretrained(folder, kind:str):
     if (found := config.pop('_class_name', kind)) != kind:
         raise ValueError(f'name: {folder} holds a {found}, not a {kind}; call {found}.from_pretrained')
     try:
-        with safe_open(weights, 'pt') as f: signed, state = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
-    except (OSError, SafetensorError) as e:
+        with safe_open(weights, 'pt') as f: signed, state = json.loads((f.metadata() or {}).get('flowbook', '{}')), {k: f.get_tensor(k) for k in f.keys()}
+    except (OSError, ValueError, SafetensorError) as e:
         raise ValueError(f'{weights} cannot be read ({e}); it is missing or was cut off') from None
     if 'sha256' in signed and signed['sha256'] != sha256_of_tensors(state): raise ValueError(f'{weights} holds other numbers than were written: it was damaged; take a copy, or let the run write it again')
     same = signed.get('config', own := hashlib.sha256(path.read_bytes()).hexdigest()) == own

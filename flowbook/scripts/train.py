@@ -52,7 +52,7 @@ def configured(a) -> Config:
     own = {'seed': a.seed, 'system.workers': a.workers}
     return changed(c, {k: v for k, v in own.items() if v is not None})
 
-# %% ../../nbs/16_train.ipynb #992aed78
+# %% ../../nbs/16_train.ipynb #7813673a
 STOPPED, UNPLANNED = 75, 3               # exit status of a run that wants to be called again; of a plan with problems
 
 def write_status(out, word:str='') -> None: # '': no file
@@ -97,6 +97,7 @@ Always -m: run by its path, `python flowbook/scripts/train.py`, the script does 
     if not a.out: raise ValueError('--out: missing; give a folder for the run (--dry-run and --describe need none)')
     from flowbook.scale import train                        # the engine: not for a list or a plan
     if gone := data_problems(c): raise ValueError(f'data: {gone[0].says}; {gone[0].help}') # here a folder that is only elsewhere stops, too
+    if (status := Path(a.out).expanduser()/'status').is_dir(): raise ValueError(f'--out: {status} is a folder, must be a file or not there; remove it')
     found = train(c, a.out, device=a.device, every=a.every, save_every=a.save_every, keep=a.keep, sample_every=a.sample_every, fid_every=a.fid_every,
                   fid_n=a.fid_samples, reference=a.reference, extractor=a.extractor, resume=not a.no_resume)
     write_status(a.out, found.state)
