@@ -92,7 +92,7 @@ def rhythm(c:Config, gpu:str='A100', world:int=None,
     share = lambda steps: lost(steps * step, cost, m, restart)
     return Rhythm(m, h.gpu / world / m, step * 3600, size, cost * 3600, best, share(best), share(save_every))
 
-# %% ../nbs/15_faults.ipynb #8bab8fef
+# %% ../nbs/15_faults.ipynb #abd898a6
 class Tried(NamedTuple):
     "One fault of a drill."
     fault:str
@@ -100,9 +100,9 @@ class Tried(NamedTuple):
     fine:bool
 
 class Bomb:
-    "A pickle that makes a file when it is loaded."
+    "A pickle that makes a folder when it is loaded."
     def __init__(self, path): self.path = str(path)
-    def __reduce__(self): return (open, (self.path, 'w'))
+    def __reduce__(self): return (os.mkdir, (self.path,))
 
 def flip(path, at:float=.5) -> None:     # at: where, as a share of the file
     "Turn one bit of a file over."
