@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GPU_DAYS', 'PARTS', 'between', 'lost', 'best_every', 'simulate', 'Rhythm', 'rhythm', 'Tried', 'Bomb', 'flip',
-           'Launched', 'drill', 'main', 'read_faults', 'fault_table', 'stale']
+           'Launched', 'drill', 'disturb', 'compare', 'main', 'read_faults', 'fault_table', 'stale']
 
 # %% ../nbs/15_faults.ipynb #29ce67ac
 import json, math, os, pickle, signal, subprocess, sys, time
@@ -36,20 +36,21 @@ def lost(every:float,          # hours of work between two saves
     if (every + cost + restart) / between > 700: return 1.                   # it never gets there
     return 1 - every / (between * math.exp(restart / between) * math.expm1((every + cost) / between))
 
-# %% ../nbs/15_faults.ipynb #e5861105
+# %% ../nbs/15_faults.ipynb #74871ffc
 def best_every(cost:float, between:float) -> float: # hours
     "The interval between saves that loses the least; for short saves it is Young's sqrt(2 cost between)."
     check_number('cost', cost, 0, above=True); check_number('between', between, 0, above=True)
     low, high = 0., between
     for _ in range(200):
         mid = (low + high) / 2
-        low, high = (mid, high) if (mid + cost) / between + math.log1p(-mid / between) > 0 else (low, mid)
+        low, high = (mid, high) if mid < between and (mid + cost) / between + math.log1p(-mid / between) > 0 else (low, mid)
     return (low + high) / 2
 
-# %% ../nbs/15_faults.ipynb #7e749e20
+# %% ../nbs/15_faults.ipynb #7995ae7d
 def simulate(work:float, every:float, cost:float, between:float, restart:float, seed:int=0) -> np.ndarray: # (k, 2): hours on the clock, hours of work that are done
     "One run with random failures, from its start until `work` hours are done."
     check_number('work', work, 0, above=True); check_number('every', every, 0, above=True); check_number('cost', cost, 0); check_number('between', between, 0, above=True); check_number('restart', restart, 0)
+    if (every + cost + restart) / between > 12: raise ValueError(f'between: {between} hours came, and {every + cost + restart:g} without a failure are needed to get on: it would never end')
     rng, clock, done = np.random.default_rng(check_whole('seed', seed, 0)), 0., 0.
     path, fails = [(0., 0.)], rng.exponential(between)                          # when it fails next
     while done < work:
@@ -64,7 +65,7 @@ def simulate(work:float, every:float, cost:float, between:float, restart:float, 
         path.append((clock, done))
     return np.array(path)
 
-# %% ../nbs/15_faults.ipynb #c2c9da73
+# %% ../nbs/15_faults.ipynb #28308d5d
 class Rhythm(NamedTuple):
     "How often to save a configuration, and what is lost."
     between:float                        # hours between failures
@@ -86,13 +87,13 @@ def rhythm(c:Config, gpu:str='A100', world:int=None,
     check_whole('save_every', save_every); check_number('disk', disk, 0, above=True); check_number('waits', waits, 0, 1, above=True)
     world = c.system.gpus if world is None else world
     h, held, m = hours(c, gpu, world), memory(c, 1), between(world, gpu_days)
-    size = sum(held.get(k, 0) for k in ('weights', 'Adam', 'average', 'frozen'))
-    step, cost = h.gpu / world / c.steps, max(waits * size / disk, 1e-3) / 3600
+    size = sum(held.get(k, 0) for k in ('weights', 'Adam', 'average'))
+    step, cost = h.gpu / world / c.steps, max((waits * size + held['weights']) / disk, 1e-3) / 3600   # the checkpoint in the background, RUN/model not
     best = max(1, round(best_every(cost, m) / step))
     share = lambda steps: lost(steps * step, cost, m, restart)
     return Rhythm(m, h.gpu / world / m, step * 3600, size, cost * 3600, best, share(best), share(save_every))
 
-# %% ../nbs/15_faults.ipynb #abd898a6
+# %% ../nbs/15_faults.ipynb #147f7474
 class Tried(NamedTuple):
     "One fault of a drill."
     fault:str
@@ -116,9 +117,10 @@ class Launched:
     "`flowbook_train` in processes of their own, one or several under torchrun, and what its folder tells."
     def __init__(self, out, config:str, overrides:tuple, steps:int, processes:int, device:str, save_every:int):
         self.out, self.text = Path(out), Path(f'{out}.txt')
-        before = ['torch.distributed.run', '--standalone', '--nproc-per-node', str(processes), '--max-restarts', '1', '--signals-to-handle', 'SIGTERM,SIGINT,SIGUSR1', '-m'] if processes > 1 else []
+        before = ['torch.distributed.run', '--standalone', '--nproc-per-node', str(processes), '--max-restarts', '1', '-m'] if processes > 1 else []
         command = [sys.executable, '-m', *before, 'flowbook.scripts.train', '--config', config, '--out', str(out), '--device', device, '--every', '1', '--save-every', str(save_every), '--workers', '0', *overrides, f'optim.steps={steps}']
-        with open(self.text, 'a') as text: self.process = subprocess.Popen(command, stdout=text, stderr=subprocess.STDOUT, env={'OMP_NUM_THREADS': '1', **os.environ, 'PYTHONUNBUFFERED': '1'})
+        self.since = self.text.stat().st_size if self.text.exists() else 0
+        with open(self.text, 'a') as text: self.process = subprocess.Popen(command, stdout=text, stderr=subprocess.STDOUT, env={'OMP_NUM_THREADS': '1', **{k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE') and not k.startswith(('MASTER_', 'TORCHELASTIC_'))}, 'PYTHONUNBUFFERED': '1'}) # a drill inside a job is no part of it
 
     def log(self) -> list:
         "Whole lines of RUN/log.jsonl."
@@ -135,80 +137,112 @@ class Launched:
     def until(self, ready, seconds:float=600.) -> None:
         "Wait; RuntimeError where the run ends, or nothing comes."
         end = time.monotonic() + seconds
-        while not ready():
-            if self.process.poll() is not None: raise RuntimeError(f'the run ended with status {self.process.returncode} before the drill could disturb it; its last words: {self.words()}')
-            if time.monotonic() > end: self.process.kill(); raise RuntimeError(f'nothing came in {seconds:.0f} seconds; last words: {self.words()}')
+        while True:
+            ended = self.process.poll() is not None                             # asked first: it may get ready and end between two looks
+            if ready(): return
+            if ended: raise RuntimeError(f'the run ended with status {self.process.returncode} before the drill could disturb it; its last words: {self.words()}')
+            if time.monotonic() > end: raise RuntimeError(f'nothing came in {seconds:.0f} seconds; last words: {self.words()}')
             time.sleep(.02)
 
-    def words(self) -> str: return ' '.join(self.text.read_text().split())[-400:]
+    def words(self) -> str:
+        "What it said at last: our own sentence, where there is one."
+        text = self.text.read_bytes()[self.since:].decode(errors='replace')
+        ours = [l for l in text.splitlines() if l.startswith('flowbook_train: ')]
+        return f'{(ours[-1] if ours else " ".join(text.split()))[-400:]} (all of it: {self.text})'
 
-# %% ../nbs/15_faults.ipynb #a2c4adc7
+    def resumed(self) -> int: return max([l['step'] for l in self.log() if l.get('event') == 'resumed'], default=0)
+
+    def wait(self) -> int: return self.process.wait(1800)
+
+    def end(self) -> None:
+        "Leave nothing behind, not even a process that stands still."
+        if self.process.poll() is not None: return
+        try: (pid := self.holder()) > 1 and os.kill(pid, signal.SIGCONT)
+        except OSError: pass
+        self.process.terminate()
+        try: self.process.wait(60)
+        except subprocess.TimeoutExpired: self.process.kill(); self.process.wait()
+
+# %% ../nbs/15_faults.ipynb #4b8964db
 def drill(folder,                        # where the long run will write; two runs are made in it
           config:str='digits-tarflow-64', overrides=('flow.blocks=2', 'flow.layers=1', 'optim.batch_size=64'), # what is trained: small
           steps:int=120, processes:int=1, device:str='auto',
           say=print) -> list:            # of `Tried`
-    "Break a small run in every way that can be had without harm, and compare it with one that was left in peace."
+    "Break a small run in five ways, and compare it with one that was left in peace."
     check_whole('steps', steps, 60); check_whole('processes', processes)
     folder = Path(folder).expanduser(); folder.mkdir(parents=True, exist_ok=True)
     calm, rough, bomb = folder/'calm', folder/'rough', folder/'it-was-executed'
-    if taken := [str(p) for p in (calm, rough, bomb) if p.exists()]: raise ValueError(f'folder: {taken[0]} is there; give a folder without an earlier drill, or remove it')
-    start, found, gap = lambda out, n=processes: Launched(out, config, tuple(overrides), steps, n, device, steps // 12), [], steps // 12
+    if taken := [str(p) for p in (calm, rough, bomb, folder/'calm.txt', folder/'rough.txt') if p.exists()]: raise ValueError(f'folder: {taken[0]} is there; give a folder without an earlier drill, or remove it')
+    runs, found, gap = [], [], steps // 12
+    def start(out, n=processes, on=device): runs.append(Launched(out, config, tuple(overrides), steps, n, on, gap)); return runs[-1]
     def tell(fault, outcome, fine): found.append(Tried(fault, outcome, bool(fine))); say(f'{"fine " if fine else "WRONG"}  {fault}: {outcome}')
-    in_peace = start(calm)
-    if in_peace.process.wait(): raise RuntimeError(f'even in peace the run failed: {in_peace.words()}')
+    try:
+        in_peace = start(calm)
+        if in_peace.wait(): raise RuntimeError(f'even in peace the run failed: {in_peace.words()}')
+        disturb(start, rough, bomb, gap, processes, tell)
+        if found[-1].fine: compare(calm, rough, steps, runs[-1].log(), tell)
+    finally:
+        for r in runs: r.end()
+    return found
 
+def disturb(start, rough, bomb, gap:int, processes:int, tell) -> None:
+    "Five faults of one run, after which it has come to its end."
     run = start(rough)
-    run.until(lambda: run.saved() >= 2 * gap and run.holder())
-    os.kill(pid := run.holder(), signal.SIGSTOP)                                # it cannot end while the other one tries
-    second = start(folder/'rough', 1); status = second.process.wait()
+    run.until(lambda: run.saved() >= 2 * gap and run.holder() > 1)
+    if (pid := run.holder()) <= 1: raise RuntimeError(f'{rough/"lock"} names no process')
+    os.kill(pid, signal.SIGSTOP)                                                # it cannot end while the other one tries
+    second = start(rough, 1, 'cpu'); status = second.wait()
     tell('a second run in one folder', 'refused, the holder named' if status else 'ACCEPTED', status and f'process {pid}' in second.words())
+    if not status: return                                                       # two have written there: nothing can be said any more
     at = run.saved()
     os.kill(pid, signal.SIGKILL)
-    if processes == 1: run.process.wait(); run = start(rough)                   # torchrun starts again by itself
+    if processes == 1: run.wait(); run = start(rough)                           # torchrun starts again by itself
     run.until(lambda: run.saved() > at and run.holder() not in (0, pid))
-    tell('SIGKILL of a process', f'went on from step {at}', min([l['step'] for l in run.log()[-1:]]) >= at)
-    run.process.send_signal(signal.SIGTERM)
-    run.process.wait()
+    tell('SIGKILL of a process', f'the last save was begun at step {at}, it went on from step {run.resumed()}', run.resumed() >= at - gap)   # that save may not have been on the disk
+    run.process.send_signal(signal.SIGTERM); run.wait()
     word = (rough/'status').read_text().strip() if (rough/'status').exists() else 'nothing'
     tell('SIGTERM', f'status says {word}, saved at step {run.saved()}', word == 'stopped')
 
     disk = Run(rough, write=False)
-    flip(max(disk.path(disk.steps()[-1]).glob('part-*'), key=os.path.getsize)); bad = disk.steps()[-1]
+    bad, before = disk.steps()[-1], disk.steps()[-2]
+    flip(max(disk.path(bad).glob('part-*'), key=os.path.getsize))
     run = start(rough)
     run.until(lambda: f'step-{bad:08d}/' in run.text.read_text() and 'is taken instead' in run.text.read_text())
-    tell('one bit of the newest checkpoint', f'the checkpoint of step {bad} is set aside, the one before it taken', (rough/'checkpoints'/f'set-aside-step-{bad:08d}').exists())
-    run.process.send_signal(signal.SIGTERM); run.process.wait()
+    tell('one bit of the newest checkpoint', f'the checkpoint of step {bad} is set aside, that of step {before} taken', (rough/'checkpoints'/f'set-aside-step-{bad:08d}').exists())
+    run.process.send_signal(signal.SIGTERM); run.wait()
 
     (disk.path(disk.steps()[-1])/'manifest.json').write_bytes(pickle.dumps(Bomb(bomb)))
-    run = start(rough); status = run.process.wait()
+    run = start(rough); status = run.wait()
     tell('a pickle in place of a file', 'executed' if bomb.exists() else f'not executed; the run ended with status {status}', not bomb.exists() and status == 0)
+
+def compare(calm, rough, steps:int, log:list, tell) -> None:
+    "The disturbed run against the one that was left in peace."
     same = (calm/'model'/'model.safetensors').read_bytes() == (rough/'model'/'model.safetensors').read_bytes()
     tell('after all this', f'the model is {"the same to the last bit" if same else "NOT that of the undisturbed run"}', same)
-    steps_seen = [l['step'] for l in run.log() if 'loss' in l]
-    tell('the log', f'{len(steps_seen)} lines for {steps} steps', steps_seen == list(range(1, steps + 1)))
-    return found
+    seen = [l['step'] for l in log if 'loss' in l]
+    tell('the log', f'{len(seen)} lines for {steps} steps', seen == list(range(1, steps + 1)))
 
-# %% ../nbs/15_faults.ipynb #eea635b4
+# %% ../nbs/15_faults.ipynb #5a24e533
 def main(argv=None) -> list:
     "`python -m flowbook.faults FOLDER`."
     import argparse
-    p = argparse.ArgumentParser('python -m flowbook.faults', description='Break a small run in every way that can be had without harm, and see whether anything is lost.')
+    p = argparse.ArgumentParser('python -m flowbook.faults', description='Break a small run in five ways, on one node, and see whether anything is lost.')
     p.add_argument('folder', help='where the long run will write')
-    p.add_argument('--config', help='another one than a flow of two blocks for digits')
+    p.add_argument('--config', help='another one than a flow of two blocks for digits: digits-NAME or mnist5k-NAME')
     p.add_argument('--steps', type=int, default=120)
     p.add_argument('--processes', type=int, default=1, help='under torchrun, if more than one (default: %(default)s)')
     p.add_argument('--device', default='auto')
     a = p.parse_args(argv)
     return drill(a.folder, **({'config': a.config, 'overrides': ()} if a.config else {}), steps=a.steps, processes=a.processes, device=a.device)
 
-# %% ../nbs/15_faults.ipynb #1b9424d0
+# %% ../nbs/15_faults.ipynb #a1f1127f
 #| eval: false
 if __name__ == '__main__' and '__file__' in globals():
     try: sys.exit(not all(t.fine for t in main()))
-    except (ValueError, RuntimeError) as e: sys.exit(f'drill: {e}')
+    except (ValueError, RuntimeError, OSError, subprocess.SubprocessError) as e: sys.exit(f'drill: {e}')
 
-# %% ../nbs/15_faults.ipynb #664b2db9
-PARTS = {'processes': 'Processes that die, or are told to', 'disk': 'Disks and files', 'malice': 'Files that mean harm', 'numbers': 'Numbers that are none', 'configuration': 'Going on as something else',
+# %% ../nbs/15_faults.ipynb #26d54ba6
+PARTS = {'processes': 'Processes that die, or are told to', 'disk': 'Disks and files', 'malice': 'Files that mean harm', 'numbers': 'NaN and infinity', 'configuration': 'Going on as something else',
          'data': 'Images, labels, latents', 'arguments': 'Bad input', 'time': 'Long runs'}
 
 def read_faults(path) -> list:           # of dictionaries: part, fault, outcome, said, tests, tries

@@ -9,8 +9,8 @@ __all__ = ['VAES', 'DIGITS_VAE', 'MEMORY', 'LATENT', 'LATENTS', 'places', 'check
            'drawn_keyed', 'Pick', 'cache_latents', 'write_plan', 'read_plan', 'CachedLatents', 'LatentFlow',
            'train_latent', 'with_latent_card', 'train_latent_flow', 'judge_latent', 'latent_two_step']
 
-# %% ../nbs/12_latent.ipynb #af99d292
-import functools, hashlib, json, math, tempfile
+# %% ../nbs/12_latent.ipynb #a8905fb4
+import errno, functools, hashlib, json, math, tempfile
 from pathlib import Path
 import torch
 from torch import nn, Tensor
@@ -153,7 +153,7 @@ VAES = {'sd-vae-ft-ema': 'stabilityai/sd-vae-ft-ema',    # R-REPA §5: f 8, 4 ch
 DIGITS_VAE = 'digits-vae'                                # the book's own, in `flowbook/weights`
 MEMORY = ('whole', 'slices', 'tiles')                    # what is decoded at once
 
-# %% ../nbs/12_latent.ipynb #8006aaef
+# %% ../nbs/12_latent.ipynb #dd6c7257
 class Vae(nn.Module):
     "A frozen autoencoder of diffusers: images in [-1, 1] -> scaled latents, and back. R-REPA §4.3."
     def __init__(self, model:nn.Module,   # an AutoencoderKL, which is frozen here
@@ -216,9 +216,11 @@ class Vae(nn.Module):
         if not isinstance(card, dict): raise ValueError(f'card: {type(card).__name__} came, must be a dictionary')
         try: facts = json.dumps(card, indent=2) + '\n'
         except (TypeError, ValueError) as e: raise ValueError(f'card: it holds what JSON cannot ({few_words(e)})') from None
+        from safetensors import SafetensorError
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as tmp:                              # diffusers writes in place; a run that is killed meanwhile would leave half a VAE
-            self.model.save_pretrained(tmp)
+            try: self.model.save_pretrained(tmp)
+            except SafetensorError as e: raise OSError(errno.EIO, f'{tmp}: {e}') from e     # a full disk, which safetensors does not call so
             for p in Path(tmp).iterdir(): replace_bytes(folder/p.name, p.read_bytes())
         config = {k: v for k, v in self.model.config.items() if v is not None and k[0] != '_'}
         replace_bytes(folder/'card.json', facts.encode())

@@ -57,7 +57,7 @@ def set_aside(path:Path, start:int) -> int: # -> how many
 
 def now() -> str: return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='milliseconds')
 
-# %% ../nbs/15_monitor.ipynb #a13795d1
+# %% ../nbs/15_monitor.ipynb #717ca29f
 def flat(report:dict, prefix:str=''): # yields (name, number)
     "The numbers of a report, with names like 'blocks/3/z_std'."
     for k, v in report.items():
@@ -100,9 +100,13 @@ class Journal:
         if self.file is None: return
         self._line(report)
         if self.board is not None:
-            for k, v in flat(plain(report)):
-                if k != 'step': self.board.add_scalar(k, v, report['step'])
-            self.board.flush()
+            try:
+                for k, v in flat(plain(report)):
+                    if k != 'step': self.board.add_scalar(k, v, report['step'])
+                self.board.flush()
+            except OSError as e:                                                 # its thread is dead then, and every later call would raise
+                self.board = None
+                warnings.warn(f'TensorBoard cannot write ({e}) and gets nothing more; {self.path} goes on')
         if self.console and SHOWN.keys() & report.keys(): self.console(line(report, self.steps))
 
     def note(self, event:str, step:int, **facts) -> None:

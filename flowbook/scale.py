@@ -281,7 +281,7 @@ def other_looks(was:dict, now:dict) -> bool:
     both = [(a, b) for k in was.keys() & now.keys() for a, b in zip(was[k], now[k]) if a is not None and b is not None]
     return 2 * sum(abs(a - b) > .01 * max(1, abs(a)) for a, b in both) > len(both)
 
-# %% ../nbs/15_scale.ipynb #c036d656
+# %% ../nbs/15_scale.ipynb #e2d2f3a4
 class Training:
     "One run of one configuration: what `train` puts together."
     def __init__(self, c:Config, run:Run, world:World, stop:Stop, data, every:int, save_every:int, keep:int, sample_every:int, fid_every:int, judge):
@@ -363,7 +363,7 @@ class Training:
         finally:
             for l in loaders: l.close()
         self.run.wait()
-        if self.at >= first + stage.steps: self.export(k, stage, model, mean)    # nothing was left to do: the weights may be
+        if self.at >= first + stage.steps: self.run.every(lambda: self.export(k, stage, model, mean))    # nothing was left to do: the weights may be
         return k
 
     def due(self, k:int) -> bool: return any(n and k % n == 0 for n in (self.save_every, self.sample_every, self.fid_every))
@@ -391,7 +391,7 @@ class Training:
         if ending or k % self.save_every == 0:
             failed = self.failed(self.run.wait, k, CheckpointError)              # of the save before: this one is tried all the same, and waited for
             save(self.run, k, pack(*self.parts), {**self.meta, 'stage': stage.name}, keep=self.keep, asynchronous=not ending and not failed)
-            failed = self.failed(lambda: self.export(k, stage, model, mean, shown), k, () if ending else OSError)
+            failed = self.failed(lambda: self.run.every(lambda: self.export(k, stage, model, mean, shown)), k, () if ending else OSError)   # what fails on rank 0 fails on all
             if not failed: self.journal.note('saved', k)
         self.picture(k, stage, model, mean, shown, last)
         if loop.stopping: self.journal.note('stopped', k, by=self.stop.seen or 'another process')
@@ -411,7 +411,7 @@ class Training:
         def draw():
             with torch.random.fork_rng(devices=[]): path = grid(shown or self.plain(stage, model, mean), self.run.folder, k, **self.way())
             self.journal.image('samples', path, k)
-        self.failed(draw, k, OSError)
+        self.failed(draw, k, () if self.world.rank else OSError)                 # another rank writes nothing: it may not drop out of what all do together
 
     def empty(self, stage) -> nn.Module:
         "A model of this stage whose weights are to be filled in."

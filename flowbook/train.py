@@ -278,7 +278,7 @@ class Kept:
     def restore(self):
         for c, p in zip(self.copy, self.params): p.copy_(c)
 
-# %% ../nbs/02_train.ipynb #e35e5fe1
+# %% ../nbs/02_train.ipynb #0de8ed5b
 class Late:
     "A number of the device, known to the CPU one step later."
     def __init__(self, device): self.host, self.event = torch.zeros((), pin_memory=device.type == 'cuda'), torch.cuda.Event() if device.type == 'cuda' else None
@@ -286,7 +286,7 @@ class Late:
     def ask(self, v:Tensor) -> float: # what it was when it was last asked
         if self.event is not None: self.event.synchronize()
         was = float(self.host.numpy())
-        self.host.copy_(v, non_blocking=True)
+        self.host.copy_(v, non_blocking=self.event is not None)  # without an event nobody would know when it has come
         if self.event is not None: self.event.record(torch.cuda.current_stream(v.device))
         return was
 

@@ -177,7 +177,7 @@ def test_damaged_weights_are_named(tmp_path, damage, tried):
     tried(said=refused(m, 'model.safetensors'))
 
 
-@pytest.mark.fault('disk', "single bits flip in a model's config.json, card.json, or the header of its weights", 'it is refused and the file is named, or what was read is still a whole model; take it from its source again')
+@pytest.mark.fault('disk', "single bits flip in a model's config.json, card.json, or the header of its weights", 'it is refused and the file is named, or what was read is still a whole model; a number of the card may be wrong, unnoticed: take it from its source again')
 @pytest.mark.parametrize('file', ['config.json', 'card.json', 'model.safetensors'])
 def test_flipped_bits_are_named_or_harmless(tmp_path, file, tried):
     import random

@@ -160,7 +160,7 @@ def want(tmp_path_factory):
 
 # --- 1 killed
 
-KILLED = 'SIGKILL at a random moment of a whole run', 'called again, the run goes on to the same weights, curve and pictures; nothing to do'
+KILLED = 'SIGKILL at a random moment of a whole run', 'call it again: it goes on to the same weights, curve and pictures'
 
 
 @pytest.fixture(scope='module')
@@ -264,7 +264,7 @@ def want_two(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.fault('processes', 'SIGKILL of one of two processes at a random moment of a whole run', 'called again, the run goes on to the same weights and curve; nothing to do')
+@pytest.mark.fault('processes', 'SIGKILL of one of two processes at a random moment of a whole run', 'call it again: it goes on to the same weights and curve')
 def test_one_of_two_processes_is_killed_again_and_again(want_two, tmp_path, tried):
     rng, kills = random.Random(1), 0
     for k in range(5):
@@ -299,7 +299,7 @@ def test_a_worker_is_killed_under_the_real_torchrun(want_two, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.fault('processes', 'SIGKILL of flowbook_sample, flowbook_evaluate or flowbook_fid_stats', 'called again, it goes on to the same files; nothing to do')
+@pytest.mark.fault('processes', 'SIGKILL of flowbook_sample, flowbook_evaluate or flowbook_fid_stats', 'call it again: it goes on to the same files')
 def test_the_other_commands_killed(want, tmp_path, tried):
     rng, kills = random.Random(2), 0
     for command, line, result in (('sample', [want[0], '--n', 12, '--out', 'drawn', '--tensors', 'images', '--batch-size', 3, '--device', 'cpu'], 'drawn'),
@@ -339,7 +339,7 @@ def fill(disk):
         except OSError: pass
 
 
-FULL = 'the disk fills while a run trains', 'it stops with a sentence, all older checkpoints whole; make room and call it again'
+FULL = 'the disk fills while a run trains', 'one save that fails is noted in the log and passed over; if the next one fails, too, or it is the last, the run stops with a sentence, all older checkpoints whole; make room and call it again'
 
 
 @pytest.mark.slow
@@ -405,7 +405,7 @@ def test_a_disk_that_turns_read_only(want, tmp_path, tried):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('full, room', [('step-00000003.png', 'being-written-step-00000004'), ('being-written-step-00000004/part-', 'being-written-step-00000006')])
-@pytest.mark.fault('disk', 'the disk is full for a while, with room again before the next save', 'the run says so and goes on, nothing is lost; nothing to do')
+@pytest.mark.fault('disk', 'the disk is full for a while, with room again before the next save', 'the save that fails is noted in the log and passed over, the run goes on; a crash before the next save would cost one interval more')
 def test_a_disk_that_is_full_for_a_while(want, disk, tmp_path, full, room):
     "A picture, a line of the log and one save fail; when the next save comes, there is room again."
     def both():

@@ -177,7 +177,7 @@ def stopped_in_the_middle(tmp_path, sign, torchrun=0):
     return p.returncode, out
 
 
-STOP = pytest.mark.fault('processes', 'a training is told to stop in the middle: SIGTERM, SIGUSR1, a signal to torchrun', 'it finishes the step, saves, writes stopped into RUN/status and leaves with status 75; the same command goes on')
+STOP = pytest.mark.fault('processes', 'a training is told to stop in the middle: SIGTERM, SIGUSR1, a signal to torchrun', 'it finishes the step, saves, writes stopped into RUN/status and leaves with status 75 (torchrun has its own: read RUN/status); the same command goes on')
 
 
 @STOP

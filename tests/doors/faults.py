@@ -28,4 +28,4 @@ DOORS = [
     door('fault_table', lambda tmp: dict(path=table(tmp)), path=FILES),
     door('stale', lambda tmp: dict(path=table(tmp), fresh=table(tmp)), path=FILES, fresh=FILES, says={'fresh': 'path'}),
 ]
-INNER = {'minutes of processes: tests/test_faults.py': 'drill main', 'parts of a drill': 'Launched Bomb', 'records': 'Rhythm Tried'}
+INNER = {'minutes of processes: tests/test_faults.py': 'drill main', 'parts of a drill': 'Launched Bomb disturb compare', 'records': 'Rhythm Tried'}
