@@ -44,7 +44,7 @@ def fault_of(item):
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):                    # before the slow ones are taken out
     for item in items:
-        if found := fault_of(item): MARKED.setdefault(found[1], []).append(f'{item.path.name}::{item.originalname}')
+        if found := fault_of(item): MARKED.setdefault(found, []).append(f'{item.path.name}::{item.originalname}')
 
 
 @pytest.hookimpl(hookwrapper=True)

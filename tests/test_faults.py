@@ -41,8 +41,8 @@ def test_a_table_is_read_shown_and_compared(tmp_path):
 def test_every_marked_fault_has_its_row_in_the_book():
     "Of the tests that were collected with this one; `.ci/run` compares all of them, after they have run."
     rows = {r['fault']: r for r in read_faults(TABLE)}
-    for fault, found in conftest.MARKED.items():
-        assert fault in rows, f'{fault!r} of {found[0]} is not in {TABLE.name}: FLOWBOOK_FAULTS=nbs/results/faults.json pytest -m ""'
+    for (part, fault, outcome), found in conftest.MARKED.items():
+        assert fault in rows and (rows[fault]['part'], rows[fault]['outcome']) == (part, outcome), f'{fault!r} of {found[0]} is not so in {TABLE.name}: FLOWBOOK_FAULTS=nbs/results/faults.json pytest -m ""'
     assert not any(r['failed'] for r in rows.values()) and all(r['passed'] for r in rows.values())
 
 
