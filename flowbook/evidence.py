@@ -11,14 +11,14 @@ __all__ = ['BUDGETS', 'STATES', 'EXPERIMENTS', 'CHAPTERS', 'Summary', 'numbers',
            'known_flows', 'change_of_variables', 'judge_exact', 'flow_errors', 'exact_flow', 'judge_t4', 'as_maf',
            'maf_limit', 'param_count', 'free_count', 'match_width', 'fit_best', 'families', 'judge_t5', 'bits_per_dim']
 
-# %% ../nbs/03_evidence.ipynb #796ab4fc
-import datetime, difflib, importlib, itertools, json, math, os, platform, tempfile, time
+# %% ../nbs/03_evidence.ipynb #e86eedad
+import datetime, difflib, importlib, itertools, json, math, os, platform, time
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 import torch
-from .data import check_choice, check_folder, check_number, check_whole
+from .data import check_choice, check_folder, check_number, check_whole, replace_bytes
 
 # %% ../nbs/03_evidence.ipynb #b3ae31a1
 # Axis legend of this module: b batch, n seeds in the statistics, d dimensions, c h w image.
@@ -317,7 +317,7 @@ def result_path(name:str, budget:str, out=None) -> Path:
     "The file of a result; no name leads out of its folder."
     return (results_dir() if out is None else check_folder('out', out)) / f'{check_name(name)}.{check_choice("budget", budget, BUDGETS)}.json'
 
-# %% ../nbs/03_evidence.ipynb #0d877101
+# %% ../nbs/03_evidence.ipynb #8a066000
 def as_file(path) -> Path:
     "A path that is, or can become, a file; ValueError otherwise."
     if not isinstance(path, (str, os.PathLike)): raise ValueError(f'path: {path!r} came; give the path of a file')
@@ -330,13 +330,7 @@ def write_atomic(path:Path, record:dict) -> None:
     except (TypeError, ValueError) as e: raise ValueError(f'record: {e}; give what JSON can hold') from None
     path = as_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd, temp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
-    try:
-        with os.fdopen(fd, 'w') as f:
-            f.write(text); f.flush(); os.fsync(f.fileno())
-        os.chmod(temp, 0o644)                                # mkstemp keeps others out; a result is for all
-        os.replace(temp, path)
-    except BaseException: os.unlink(temp); raise
+    replace_bytes(path, text.encode())
 
 # %% ../nbs/03_evidence.ipynb #dcb7ea51
 def read_result(path:Path) -> dict:

@@ -65,7 +65,7 @@ def simulate(work:float, every:float, cost:float, between:float, restart:float, 
         path.append((clock, done))
     return np.array(path)
 
-# %% ../nbs/15_faults.ipynb #28308d5d
+# %% ../nbs/15_faults.ipynb #6847327d
 class Rhythm(NamedTuple):
     "How often to save a configuration, and what is lost."
     between:float                        # hours between failures
@@ -80,7 +80,7 @@ class Rhythm(NamedTuple):
 def rhythm(c:Config, gpu:str='A100', world:int=None,
            save_every:int=1000,          # steps, to compare with; the default of `flowbook_train`
            disk:float=1e9,               # bytes a second, of all processes together
-           waits:float=.05,              # share of the writing for which training waits; 1 for a synchronous save
+           waits:float=.1,               # share of the writing for which training waits; 1 for a synchronous save
            restart:float=.1,             # hours
            gpu_days:float=GPU_DAYS) -> Rhythm:
     "The best number of steps between two checkpoints of a configuration, as it would run on a card."
@@ -93,7 +93,7 @@ def rhythm(c:Config, gpu:str='A100', world:int=None,
     share = lambda steps: lost(steps * step, cost, m, restart)
     return Rhythm(m, h.gpu / world / m, step * 3600, size, cost * 3600, best, share(best), share(save_every))
 
-# %% ../nbs/15_faults.ipynb #147f7474
+# %% ../nbs/15_faults.ipynb #926ddfb9
 class Tried(NamedTuple):
     "One fault of a drill."
     fault:str
@@ -150,7 +150,7 @@ class Launched:
         ours = [l for l in text.splitlines() if l.startswith('flowbook_train: ')]
         return f'{(ours[-1] if ours else " ".join(text.split()))[-400:]} (all of it: {self.text})'
 
-    def resumed(self) -> int: return max([l['step'] for l in self.log() if l.get('event') == 'resumed'], default=0)
+    def resumed(self) -> list: return [l['step'] for l in self.log() if l.get('event') == 'resumed'] or [0]  # from which steps it went on
 
     def wait(self) -> int: return self.process.wait(1800)
 
@@ -163,7 +163,7 @@ class Launched:
         try: self.process.wait(60)
         except subprocess.TimeoutExpired: self.process.kill(); self.process.wait()
 
-# %% ../nbs/15_faults.ipynb #4b8964db
+# %% ../nbs/15_faults.ipynb #5389ef37
 def drill(folder,                        # where the long run will write; two runs are made in it
           config:str='digits-tarflow-64', overrides=('flow.blocks=2', 'flow.layers=1', 'optim.batch_size=64'), # what is trained: small
           steps:int=120, processes:int=1, device:str='auto',
@@ -198,7 +198,7 @@ def disturb(start, rough, bomb, gap:int, processes:int, tell) -> None:
     os.kill(pid, signal.SIGKILL)
     if processes == 1: run.wait(); run = start(rough)                           # torchrun starts again by itself
     run.until(lambda: run.saved() > at and run.holder() not in (0, pid))
-    tell('SIGKILL of a process', f'the last save was begun at step {at}, it went on from step {run.resumed()}', run.resumed() >= at - gap)   # that save may not have been on the disk
+    tell('SIGKILL of a process', f'the last save was begun at step {at}, it went on from step {run.resumed()[-1]}', run.resumed()[-1] >= at - gap)   # that save may not have been on the disk
     run.process.send_signal(signal.SIGTERM); run.wait()
     word = (rough/'status').read_text().strip() if (rough/'status').exists() else 'nothing'
     tell('SIGTERM', f'status says {word}, saved at step {run.saved()}', word == 'stopped')
@@ -206,9 +206,10 @@ def disturb(start, rough, bomb, gap:int, processes:int, tell) -> None:
     disk = Run(rough, write=False)
     bad, before = disk.steps()[-1], disk.steps()[-2]
     flip(max(disk.path(bad).glob('part-*'), key=os.path.getsize))
-    run = start(rough)
-    run.until(lambda: f'step-{bad:08d}/' in run.text.read_text() and 'is taken instead' in run.text.read_text())
-    tell('one bit of the newest checkpoint', f'the checkpoint of step {bad} is set aside, that of step {before} taken', (rough/'checkpoints'/f'set-aside-step-{bad:08d}').exists())
+    starts, run = len(run.resumed()), start(rough)
+    run.until(lambda: len(run.resumed()) > starts)
+    aside, said = (rough/'checkpoints'/f'set-aside-step-{bad:08d}').exists(), f'step-{bad:08d}/' in run.text.read_text()
+    tell('one bit of the newest checkpoint', f'that of step {bad} is {"set aside" if aside else "NOT set aside"}, and {"named" if said else "NOT named"}; it went on from step {run.resumed()[-1]}', aside and said and run.resumed()[-1] == before)
     run.process.send_signal(signal.SIGTERM); run.wait()
 
     (disk.path(disk.steps()[-1])/'manifest.json').write_bytes(pickle.dumps(Bomb(bomb)))

@@ -512,7 +512,7 @@ class Pretrained:
         sizes = [Pretrained.least(**v) if isinstance(v, dict) else v for v in config.values()]
         return max([v for v in sizes if isinstance(v, int)], default=0)
 
-# %% ../nbs/01_flows.ipynb #1ec1a6e3
+# %% ../nbs/01_flows.ipynb #69a08ef1
 def _read_pretrained(folder, kind:str):
     "(config, state, card or None, is the config the one that was written?) of a model of class `kind`; ValueError names a bad file."
     import hashlib, json
@@ -525,8 +525,8 @@ def _read_pretrained(folder, kind:str):
     if (found := config.pop('_class_name', kind)) != kind:
         raise ValueError(f'name: {folder} holds a {found}, not a {kind}; call {found}.from_pretrained')
     try:
-        with safe_open(weights, 'pt') as f: signed, state = json.loads((f.metadata() or {}).get('flowbook', '{}')), {k: f.get_tensor(k) for k in f.keys()}
-    except (OSError, ValueError, SafetensorError) as e:
+        with safe_open(weights, 'pt') as f: signed, state = dict(json.loads((f.metadata() or {}).get('flowbook', '{}'))), {k: f.get_tensor(k) for k in f.keys()}
+    except (OSError, ValueError, TypeError, SafetensorError) as e:
         raise ValueError(f'{weights} cannot be read ({e}); it is missing or was cut off') from None
     if 'sha256' in signed and signed['sha256'] != sha256_of_tensors(state): raise ValueError(f'{weights} holds other numbers than were written: it was damaged; take a copy, or let the run write it again')
     same = signed.get('config', own := hashlib.sha256(path.read_bytes()).hexdigest()) == own

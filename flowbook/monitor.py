@@ -57,7 +57,7 @@ def set_aside(path:Path, start:int) -> int: # -> how many
 
 def now() -> str: return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='milliseconds')
 
-# %% ../nbs/15_monitor.ipynb #717ca29f
+# %% ../nbs/15_monitor.ipynb #81a37aa1
 def flat(report:dict, prefix:str=''): # yields (name, number)
     "The numbers of a report, with names like 'blocks/3/z_std'."
     for k, v in report.items():
@@ -141,12 +141,16 @@ class Journal:
 
     def _line(self, entry):
         told, self.waiting = bool(self.waiting), self.waiting + json.dumps({'time': now(), **plain(entry)}, allow_nan=False).encode() + b'\n'
-        try:
-            while self.waiting: self.waiting = self.waiting[self.file.write(self.waiting):]
+        try: self._push()
         except OSError as e:                                                     # a full disk: no reason to lose what was computed
             if not told: warnings.warn(f'{self.path} cannot be written ({e.strerror}); its lines wait for room, the training goes on')
 
+    def _push(self):
+        while self.waiting: self.waiting = self.waiting[self.file.write(self.waiting):]
+
     def close(self) -> None:
+        if self.file is not None:
+            with suppress(OSError): self._push()                                 # there may be room by now
         for f in (self.file, self.board):
             with suppress(OSError):                                              # what could not be written was said when it was written
                 if f is not None: f.close()

@@ -21,6 +21,7 @@ from torch import nn
 
 from flowbook import checkpoint as C
 from flowbook.checkpoint import CheckpointError, Lock, Run, load, pack, problems, save, weights
+from flowbook.faults import Bomb
 from flowbook.train import ema
 
 
@@ -270,18 +271,17 @@ def test_a_file_of_the_right_size_that_holds_something_else(tmp_path):
 @pytest.mark.fault('malice', 'a pickle that runs a command lies in place of each file of a checkpoint', 'it is not run: no file is unpickled; the checkpoint before is taken')
 def test_a_pickle_in_place_of_a_file_is_not_run(tmp_path, tried):
     three(tmp_path)
-    class Evil:
-        def __reduce__(self): return (Path.touch, (tmp_path/'it ran',))
-    pickle.loads(pickle.dumps(Evil())); assert (tmp_path/'it ran').exists(); (tmp_path/'it ran').unlink()        # it would run
+    evil = pickle.dumps(Bomb(tmp_path/'it ran'))
+    pickle.loads(evil); assert (tmp_path/'it ran').exists(); (tmp_path/'it ran').rmdir()        # it would run
     path = tmp_path/'checkpoints'/'step-00000003'
     for file in [*FILES, '.metadata']:                                   # the last is what DCP would look for
         kept = (path/file).read_bytes() if (path/file).exists() else None
-        (path/file).write_bytes(pickle.dumps(Evil()))
+        (path/file).write_bytes(evil)
         assert newest(tmp_path)[0] == (3 if kept is None else 2)
         (path/file).write_bytes(kept) if kept is not None else (path/file).unlink()
-    (tmp_path/'checkpoints'/'latest').write_bytes(pickle.dumps(Evil()))
+    (tmp_path/'checkpoints'/'latest').write_bytes(evil)
     assert newest(tmp_path)[0] == 3
-    (tmp_path/'lock').write_bytes(pickle.dumps(Evil()))
+    (tmp_path/'lock').write_bytes(evil)
     Run(tmp_path).close()
     assert not (tmp_path/'it ran').exists()
     tried(times=len(FILES) + 3)

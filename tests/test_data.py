@@ -5,6 +5,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Subset, TensorDataset
 import flowbook.data as D
 from flowbook.data import *
+from flowbook.faults import Bomb
 
 rng = np.random.default_rng(0)
 def noise(h=20, w=30, c=3): return Image.fromarray(rng.integers(0, 256, (h, w, c) if c > 1 else (h, w), dtype=np.uint8))
@@ -279,19 +280,14 @@ def test_folder_faults(folder, tmp_path):
     check('05.png', split=split)
 
 # ---------------------------------------------------------------- malice
-class Runs:
-    "Unpickled, it makes a file."
-    def __init__(self, file): self.file = file
-    def __reduce__(self): return open, (str(self.file), 'w')
-
 @pytest.mark.parametrize('file', ['raw/t10k-images-idx3-ubyte', 'raw/t10k-labels-idx1-ubyte', 'processed/test.pt'])
 @pytest.mark.fault('malice', 'a pickle that runs code, in place of a file of MNIST or CIFAR-10', 'it is not opened as a pickle, the file is named; delete it, and it is fetched again')
 def test_a_pickle_in_place_of_a_file_of_mnist(tmp_path, monkeypatch, file, tried):
     import pickle, torchvision
     mnist_files(tmp_path)
     path = tmp_path/'MNIST'/file; path.parent.mkdir(exist_ok=True)
-    if path.suffix == '.pt': torch.save(Runs(tmp_path/'run'), path); torch.save(0, path.with_name('training.pt'))
-    else: path.write_bytes(pickle.dumps(Runs(tmp_path/'run')))
+    if path.suffix == '.pt': torch.save(Bomb(tmp_path/'run'), path); torch.save(0, path.with_name('training.pt'))
+    else: path.write_bytes(pickle.dumps(Bomb(tmp_path/'run')))
     with pytest.raises(ValueError, match=f'mnist: .*{path.name} is damaged, or is another file') as e: load('mnist', 'test', root=tmp_path)
     assert not (tmp_path/'run').exists()
     tried(said=e.value)
@@ -310,16 +306,16 @@ def test_a_pickle_in_place_of_a_file_of_cifar(tmp_path, monkeypatch, no_network,
     from torchvision.datasets import CIFAR10
     cifar_files(tmp_path, monkeypatch)
     assert load('cifar10', root=tmp_path).images.shape == (10, 3, 32, 32)
-    (tmp_path/CIFAR10.base_folder/file).write_bytes(pickle.dumps(Runs(tmp_path/'run')))
+    (tmp_path/CIFAR10.base_folder/file).write_bytes(pickle.dumps(Bomb(tmp_path/'run')))
     with pytest.raises(ValueError, match=f'cifar10: .*{file} is damaged, or is another file'): load('cifar10', root=tmp_path)
     assert not (tmp_path/'run').exists()
 
 @pytest.mark.fault('malice', 'a pickle that runs code, in place of a picture', 'it is not opened as a pickle, the file is named; delete it')
 def test_a_pickle_in_place_of_a_picture(folder, tmp_path, tried):
     import pickle
-    (folder/'cat'/'03.png').write_bytes(pickle.dumps(Runs(tmp_path/'run')))
+    (folder/'cat'/'03.png').write_bytes(pickle.dumps(Bomb(tmp_path/'run')))
     for path in (folder/'cat'/'03.png', folder/'cat'/'more.pkl', folder/'cat'/'more.npy'):
-        path.write_bytes(pickle.dumps(Runs(tmp_path/'run')))
+        path.write_bytes(pickle.dumps(Bomb(tmp_path/'run')))
         with pytest.raises(ValueError, match=f'{path.name}: cannot be read as an image') as e: read_image(path)
     tried(times=4, said=e.value)
     with pytest.raises(ValueError, match='cannot be read as an image'): load('folder', root=folder, image_size=8)

@@ -1,6 +1,5 @@
 """Vision encoders: shapes, frozen, timm's own numbers, doors and their messages."""
 import json
-import pickle
 import time
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import flowbook.repa as E
 from flowbook.data import Batch, batches, load
 from flowbook.flows import weights_folder
 from flowbook.train import fit
+from harm import PICKLE, RUBBISH, UNFIT, pickles
 
 SHIPPED = weights_folder()
 
@@ -101,22 +101,6 @@ def test_a_file_that_lacks_tensors_is_refused(tiny, tmp_path):
     with pytest.raises(ValueError, match='lacks.*blocks.3'): E.encoder('vit_tiny_patch16_224', (2, 2), tmp_path/'some.safetensors')
 
 
-PICKLE = 'malice', 'a pickle that runs code lies in place of a file of weights, latents or settings', 'refused, nothing of it runs, the file is named; take the file from where it can be trusted'
-RUBBISH = 'disk', 'a file of weights, latents or settings is empty, cut off or rubbish', 'refused, the file is named; delete it and take it again from where it came'
-UNFIT = 'disk', 'a readable file of weights or latents lacks a tensor, or has one of another shape, kind or range', 'refused, the file and what is wrong with it are named; delete it and take it again from where it came'
-
-
-class Bomb:                                                 # opens a file for writing when it is unpickled
-    def __init__(self, path): self.path = path
-    def __reduce__(self): return open, (str(self.path), 'w')
-
-
-def pickles(tmp_path):
-    torch.save({'weights': Bomb(tmp_path/'boom')}, tmp_path/'zip')
-    torch.save({'weights': Bomb(tmp_path/'boom')}, tmp_path/'old', _use_new_zipfile_serialization=False)
-    return [pickle.dumps(Bomb(tmp_path/'boom')), (tmp_path/'zip').read_bytes(), (tmp_path/'old').read_bytes()]
-
-
 def refused(call, path, tried):
     with pytest.raises(ValueError) as e: call()
     assert path.name in str(e.value), f'{path.name} is not named in: {e.value}'
@@ -127,7 +111,7 @@ def refused(call, path, tried):
 @pytest.mark.parametrize('suffix', ['.safetensors', '.pth', '.bin', '.pt', '.npz', ''])
 def test_a_pickle_is_refused(suffix, tmp_path, tried):
     path = tmp_path/f'weights{suffix}'
-    for content in pickles(tmp_path):
+    for content in pickles(tmp_path/'boom'):
         path.write_bytes(content)
         refused(lambda: E.encoder('vit_tiny_patch16_224', (2, 2), path), path, tried)
         assert not (tmp_path/'boom').exists()
@@ -163,7 +147,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize('name', ['config.json', 'model.safetensors'])
 def test_a_pickle_in_a_folder_is_refused(name, folder, tmp_path, tried):
     E.encoder('digits', (4, 4), folder)
-    for content in pickles(tmp_path):
+    for content in pickles(tmp_path/'boom'):
         (folder/name).write_bytes(content)
         refused(lambda: E.encoder('digits', (4, 4), folder), folder/name, tried)
         assert not (tmp_path/'boom').exists()

@@ -4,6 +4,7 @@ import itertools
 import pytest
 import torch
 
+from flowbook.faults import Bomb
 from flowbook.flows import MAF, OnImages, RealNVP, check_flow, shake
 from flowbook.tarflow import TarFlow
 
@@ -122,13 +123,6 @@ def test_loading_names_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match='not JSON'): TarFlow.from_pretrained(tmp_path/'ok')
 
 
-class Evil: # makes a folder where it is unpickled
-    def __init__(self, place): self.place = str(place)
-    def __reduce__(self):
-        import os
-        return os.mkdir, (self.place,)
-
-
 def small(tmp_path):
     TarFlow(4, 1, 2, 16, 2, 1, 8).save_pretrained(tmp_path/'m', card={'sigma': .1})
     return tmp_path/'m'
@@ -145,10 +139,10 @@ def test_a_pickle_is_never_opened(tmp_path, tried):
     "A pickle in the place of the weights is refused, and does not run."
     import pickle
     m, owned = small(tmp_path), tmp_path/'owned'
-    for evil in (pickle.dumps(Evil(owned)), pickle.dumps({'blocks.0.pos_embed': Evil(owned)})):
+    for evil in (pickle.dumps(Bomb(owned)), pickle.dumps({'blocks.0.pos_embed': Bomb(owned)})):
         (m/'model.safetensors').write_bytes(evil)
         tried(times=3, said=refused(m, 'model.safetensors'))
-    torch.save({'w': Evil(owned)}, m/'model.safetensors')        # a zip of a pickle, as torch writes it
+    torch.save({'w': Bomb(owned)}, m/'model.safetensors')        # a zip of a pickle, as torch writes it
     refused(m, 'model.safetensors')
     (m/'model.safetensors').rename(m/'pytorch_model.bin')         # and it is not looked for under another name
     refused(m, 'model.safetensors')
@@ -158,9 +152,9 @@ def test_a_pickle_is_never_opened(tmp_path, tried):
 @pytest.mark.fault('malice', 'a published TARFlow checkpoint that is a pickle with a command in it', 'torch.load(weights_only=True), which the book asks for, refuses it; a path instead of tensors is refused by from_ml_tarflow')
 def test_a_published_checkpoint_is_never_unpickled(tmp_path, tried):
     import pickle
-    torch.save({'blocks.0.pos_embed': Evil(tmp_path/'owned')}, tmp_path/'imagenet.pth')
+    torch.save({'blocks.0.pos_embed': Bomb(tmp_path/'owned')}, tmp_path/'imagenet.pth')
     with pytest.raises(pickle.UnpicklingError): torch.load(tmp_path/'imagenet.pth', weights_only=True)
-    for given in (tmp_path/'imagenet.pth', str(tmp_path/'imagenet.pth'), (tmp_path/'imagenet.pth').read_bytes(), Evil(tmp_path/'owned')):
+    for given in (tmp_path/'imagenet.pth', str(tmp_path/'imagenet.pth'), (tmp_path/'imagenet.pth').read_bytes(), Bomb(tmp_path/'owned')):
         with pytest.raises(ValueError, match='weights_only=True') as e: TarFlow.from_ml_tarflow(given)
     tried(times=5, said=e.value)
     assert not (tmp_path/'owned').exists()

@@ -1,7 +1,6 @@
 """Latent flows: positions that turn, in both reading orders and by every solver; counts; two-step sampling; caches of latents; doors."""
 import copy
 import json
-import pickle
 import time
 
 import pytest
@@ -15,6 +14,7 @@ from flowbook.latent import (CachedLatents, Encode, LatentFlow, LatentTarFlow, P
 from flowbook.sampling import Decoder, StaticCache, invert, naive_inverse, residual, sample, trajectory, walk, walk_graph
 from flowbook.tarflow import Mlp, TarFlow
 from flowbook.train import GaussianNoise
+from harm import PICKLE, RUBBISH, SETTINGS, UNFIT, pickles
 
 f64 = torch.float64
 
@@ -362,23 +362,6 @@ def test_cache_doors(vae, tmp_path):
 
 # ---- files that are damaged, or made to harm
 
-PICKLE = 'malice', 'a pickle that runs code lies in place of a file of weights, latents or settings', 'refused, nothing of it runs, the file is named; take the file from where it can be trusted'
-RUBBISH = 'disk', 'a file of weights, latents or settings is empty, cut off or rubbish', 'refused, the file is named; delete it and take it again from where it came'
-UNFIT = 'disk', 'a readable file of weights or latents lacks a tensor, or has one of another shape, kind or range', 'refused, the file and what is wrong with it are named; delete it and take it again from where it came'
-SETTINGS = 'malice', 'settings beside weights or latents are of another kind, incomplete, or ask for absurd sizes', 'refused before anything is built or counted, and named; take them again from where they came'
-
-
-class Bomb:                                                                                    # opens a file for writing when it is unpickled
-    def __init__(self, path): self.path = path
-    def __reduce__(self): return open, (str(self.path), 'w')
-
-
-def pickles(tmp_path):
-    torch.save({'weights': Bomb(tmp_path/'boom')}, tmp_path/'zip')
-    torch.save({'weights': Bomb(tmp_path/'boom')}, tmp_path/'old', _use_new_zipfile_serialization=False)
-    yield pickle.dumps(Bomb(tmp_path/'boom')); yield (tmp_path/'zip').read_bytes(); yield (tmp_path/'old').read_bytes()
-
-
 def refused(load, path, tried=None, match=None):
     with pytest.raises(ValueError, match=match) as e: load()
     assert str(path) in str(e.value) or path.name in str(e.value), f'{path.name} is not named in: {e.value}'
@@ -408,7 +391,7 @@ def names_folder(path): return path.parent if path.name in ('config.json', 'diff
 def test_a_pickle_is_refused(vae, tmp_path, name, tried):
     path, load = folders(vae, tmp_path)[name]
     load()
-    for content in pickles(tmp_path):
+    for content in pickles(tmp_path/'boom'):
         path.write_bytes(content)
         refused(load, names_folder(path), tried)
         assert not (tmp_path/'boom').exists()
@@ -419,7 +402,7 @@ def test_a_pickle_is_refused(vae, tmp_path, name, tried):
 def test_a_pickle_beside_is_not_looked_at(vae, tmp_path):
     path, load = folders(vae, tmp_path)['weights of a VAE']
     path.unlink()
-    (path.parent/'diffusion_pytorch_model.bin').write_bytes(next(pickles(tmp_path)))
+    (path.parent/'diffusion_pytorch_model.bin').write_bytes(pickles(tmp_path/'boom')[0])
     refused(load, path.parent)
     assert not (tmp_path/'boom').exists()
 

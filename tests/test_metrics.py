@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from flowbook.data import load
+from flowbook.faults import Bomb
 from flowbook.metrics import (METRICS, Moments, collect, digits_extractor, evaluate, fid_at_infinity, fid_curve, fidelity_digits, fingerprint, frechet, inception_extractor,
                               inception_path, load_statistics, lpips, make_extractor, module_extractor, read_weights, reconstruction, save_statistics)
 from flowbook.tarflow import TarFlow
@@ -263,12 +264,6 @@ def test_the_whole_inception_path(inception, monkeypatch, tmp_path):
                        capture_output=True, text=True, cwd=tmp_path)
     assert r.returncode == 0, r.stderr
     assert load_statistics(tmp_path/'s.safetensors').moments['spatial'].mean.shape == (2023,)
-
-
-class Bomb:
-    "Unpickled, it makes a file."
-    def __init__(self, file): self.file = file
-    def __reduce__(self): return open, (str(self.file), 'w')
 
 
 @pytest.mark.fault('malice', 'a pickle that runs code, in place of the weights of Inception', 'it is not read: its hash is another; and with that hash it is refused; fetch the file again')

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 import flowbook.explore  # noqa: F401  imported before the first fork, like all that a command imports later
 import flowbook.scale  # noqa: F401
 from flowbook.checkpoint import STEP, Run, hashed, problems
+from flowbook.faults import Bomb
 from flowbook.scripts import evaluate, fid_stats, sample, train
 from flowbook.scripts.sample import open_model
 
@@ -499,11 +500,6 @@ def again(base, work):
     return Path(shutil.copytree(base, work))
 
 
-class Evil:
-    def __init__(self, mark): self.mark = mark
-    def __reduce__(self): return Path.touch, (self.mark,)
-
-
 def flipped(content, k, bit=0): return content[:k] + bytes([content[k] ^ 1 << bit]) + content[k + 1:]
 
 
@@ -513,7 +509,7 @@ def judged(name, file, finished, work, content, mark):
     again(base, work)
     (work/file).write_bytes(content)
     status, said = call(*COMMANDS[name], work)
-    if mark.exists(): mark.unlink(); return 'it was run'
+    if mark.exists(): mark.rmdir(); return 'it was run'
     if 'Traceback' in said: return f'a traceback: {said.strip().splitlines()[-1]}'
     if status: return '' if status == 1 and (file in said or Path(file).name in said) else f'status {status}, and the file is not named: {said.strip()[-300:]}'
     if (now := found(name, work, said)) != gives[name]: return f'silently something else: {[k for k in {*now, *gives[name]} if now.get(k) != gives[name].get(k)][:3]}'
@@ -528,8 +524,6 @@ def some(names):
 
 MALICE = 'a malicious pickle, nothing or rubbish in place of any file that a command reads', 'never run; the file is named, or an older checkpoint taken; restore the file, or delete it and call again'
 
-UNNAMED = [('train a latent flow', 'latent/latents/train/plan.json'), ('sample a latent flow', 'latent/model/vae/card.json'), ('panel', 'run/model/card.json')]
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', COMMANDS)
@@ -540,20 +534,12 @@ def test_every_file_that_a_command_opens(finished, tmp_path, name, tried):
     wrong, times, mark = {}, 0, tmp_path/'it-ran'
     for file in some(opens[name]):
         size = (base/file).stat().st_size
-        for what, content in (('pickle', pickle.dumps(Evil(mark))), ('nothing', b''), ('rubbish', random.Random(0).randbytes(max(size, 9)))):
+        for what, content in (('pickle', pickle.dumps(Bomb(mark))), ('nothing', b''), ('rubbish', random.Random(0).randbytes(max(size, 9)))):
             if file.startswith('photos') and what == 'rubbish' or not size and what == 'nothing': continue
             times += 1
             if why := judged(name, file, finished, work, content, mark): wrong[f'{what} in {file}'] = why
-    wrong = {k: why for k, why in wrong.items() if not ('is not named' in why and any((name, k.split(' in ')[1]) == u for u in UNNAMED))}
     assert times > 3 and not wrong, json.dumps(wrong, indent=1)
     tried(times=times)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('name, file', UNNAMED)
-def test_every_file_is_named(finished, tmp_path, name, file):
-    (work := tmp_path/'work').mkdir()
-    assert not judged(name, file, finished, work, b'', tmp_path/'it-ran')
 
 
 @pytest.mark.slow
@@ -566,7 +552,7 @@ def test_what_nobody_opens_is_opened_by_nobody(finished, tmp_path, tried):
         work = Path(shutil.copytree(base, tmp_path/name.replace(' ', '-')))
         for file in others:
             if name in WHOLE and '/checkpoints/' in file: continue               # older ones: the next step removes them
-            (work/file).write_bytes(pickle.dumps(Evil(tmp_path/'it-ran')))
+            (work/file).write_bytes(pickle.dumps(Bomb(tmp_path/'it-ran')))
         said = fine(command, line, work)
         kept = {k: v for k, v in found(name, work, said).items() if k not in others}
         assert kept == {k: v for k, v in gives[name].items() if k not in others} and not (tmp_path/'it-ran').exists(), name
@@ -621,7 +607,7 @@ def test_one_bit_of_a_number(finished, tmp_path, name, file, key):
 @pytest.mark.parametrize('kind', ['inception', 'inception, its own hash', 'vae', 'vae, as .bin', 'encoder'])
 def test_weights_of_others(finished, tmp_path, kind):
     from hashlib import sha256
-    evil, mark = pickle.dumps(Evil(tmp_path/'it-ran')), tmp_path/'it-ran'
+    evil, mark = pickle.dumps(Bomb(tmp_path/'it-ran')), tmp_path/'it-ran'
     (file := tmp_path/'weights.pth').write_bytes(evil)
     if kind.startswith('inception'):
         more = ['--sha256', sha256(evil).hexdigest()] if 'own' in kind else []

@@ -15,6 +15,7 @@ from PIL import Image
 
 from flowbook.data import batches, from_levels, keyed, load, read_image
 from flowbook.denoise import denoise
+from flowbook.faults import Bomb
 from flowbook.flows import shake
 from flowbook.guidance import ClassGuidance, StarGuidance, guided_inverse, score_guidance
 from flowbook.latent import LatentFlow, LatentTarFlow, load_vae
@@ -104,10 +105,6 @@ def test_what_draws_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match='its own encoder'): open_model('digits-simflow', vae='digits-vae')
 
 
-class Evil:
-    def __reduce__(self): return __import__('os').system, ('touch ran',)
-
-
 def tiny(folder, **card):
     torch.manual_seed(0)
     TarFlow(4, 1, 2, 16, 2, 1, 8, classes=2).save_pretrained(folder, card={'sigma': .1, **card})
@@ -117,9 +114,9 @@ def tiny(folder, **card):
 def wrote(name, content): return lambda folder: (folder/name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
 
 
-DAMAGE = {'weights: pickle': wrote('model.safetensors', pickle.dumps(Evil())), 'weights: rubbish': wrote('model.safetensors', bytes(range(256)) * 9), 'weights: a header without end': wrote('model.safetensors', (2**62).to_bytes(8, 'little')),
+DAMAGE = {'weights: pickle': wrote('model.safetensors', pickle.dumps(Bomb('ran'))), 'weights: rubbish': wrote('model.safetensors', bytes(range(256)) * 9), 'weights: a header without end': wrote('model.safetensors', (2**62).to_bytes(8, 'little')),
           'weights: cut off': lambda folder: os.truncate(folder/'model.safetensors', (folder/'model.safetensors').stat().st_size - 9), 'weights: none': lambda folder: (folder/'model.safetensors').unlink(),
-          'config: pickle': wrote('config.json', pickle.dumps(Evil())), 'config: bytes': wrote('config.json', bytes(range(256))), 'config: nested': wrote('config.json', b'[' * 100_000), 'config: list': wrote('config.json', []), 'config: null': wrote('config.json', None),
+          'config: pickle': wrote('config.json', pickle.dumps(Bomb('ran'))), 'config: bytes': wrote('config.json', bytes(range(256))), 'config: nested': wrote('config.json', b'[' * 100_000), 'config: list': wrote('config.json', []), 'config: null': wrote('config.json', None),
           'config: kind': wrote('config.json', {'_class_name': ['TarFlow']}), 'config: code': wrote('config.json', {'_class_name': '__import__("os").system("touch ran")'}), 'config: words': lambda folder: changed_json(folder/'config.json', dim='wide'),
           'config: unknown key': lambda folder: changed_json(folder/'config.json', bogus=1), 'config: folder': lambda folder: ((folder/'config.json').unlink(), (folder/'config.json').mkdir()),
           'card: bytes': wrote('card.json', bytes(range(256))), 'card: list': wrote('card.json', []), 'card: nested': wrote('card.json', b'{"a":' * 100_000), 'card: sample': wrote('card.json', {'sample': 3}), 'card: config': wrote('card.json', {'config': [1]}),
@@ -155,7 +152,7 @@ def test_names_of_classes_do_not_lead_out_of_the_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.fault('malice', 'statistics of a dataset are a pickle, rubbish or cut off', 'nothing in them is run; the file is named before samples are drawn; make it again with flowbook_fid_stats')
-@pytest.mark.parametrize('content', [pickle.dumps(Evil()), b'', bytes(range(256)) * 9, (2**62).to_bytes(8, 'little') + b'{}'])
+@pytest.mark.parametrize('content', [pickle.dumps(Bomb('ran')), b'', bytes(range(256)) * 9, (2**62).to_bytes(8, 'little') + b'{}'])
 def test_statistics_that_were_damaged(tmp_path, monkeypatch, content, tried):
     monkeypatch.chdir(tmp_path)
     Path('s.safetensors').write_bytes(content)

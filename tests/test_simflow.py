@@ -2,7 +2,6 @@
 import copy
 import json
 import math
-import pickle
 import threading
 import time
 
@@ -22,6 +21,7 @@ from flowbook.simflow import (AdaTarFlow, Additive, Adversarial, AlignedNLL, aut
                              training, TwoStages, Unperturbed, VAE, VARIANTS)
 from flowbook.tarflow import KVCache, TarFlow
 from flowbook.train import fit
+from harm import PICKLE, RUBBISH, SETTINGS, UNFIT, pickles
 
 f64 = torch.float64
 
@@ -359,17 +359,6 @@ def test_folder_of_another_kind(tmp_path):
     with pytest.raises(ValueError, match='wrong shape'): SimFlow.from_pretrained(tmp_path/'m')
 
 
-PICKLE = 'malice', 'a pickle that runs code lies in place of a file of weights, latents or settings', 'refused, nothing of it runs, the file is named; take the file from where it can be trusted'
-RUBBISH = 'disk', 'a file of weights, latents or settings is empty, cut off or rubbish', 'refused, the file is named; delete it and take it again from where it came'
-UNFIT = 'disk', 'a readable file of weights or latents lacks a tensor, or has one of another shape, kind or range', 'refused, the file and what is wrong with it are named; delete it and take it again from where it came'
-SETTINGS = 'malice', 'settings beside weights or latents are of another kind, incomplete, or ask for absurd sizes', 'refused before anything is built or counted, and named; take them again from where they came'
-
-
-class Bomb:                                                  # opens a file for writing when it is unpickled
-    def __init__(self, path): self.path = path
-    def __reduce__(self): return open, (str(self.path), 'w')
-
-
 @pytest.fixture
 def saved(tmp_path):
     tiny().save_pretrained(tmp_path/'m')
@@ -387,12 +376,11 @@ def refused(folder, named, tried):
 @pytest.mark.fault(*PICKLE)
 @pytest.mark.parametrize('name', ['config.json', 'model.safetensors'])
 def test_a_pickle_is_refused(name, saved, tmp_path, tried):
-    torch.save({'weights': Bomb(tmp_path/'boom')}, tmp_path/'zip')
-    for content in (pickle.dumps(Bomb(tmp_path/'boom')), (tmp_path/'zip').read_bytes()):
+    for content in pickles(tmp_path/'boom'):
         (saved/name).write_bytes(content)
         refused(saved, name, tried)
         assert not (tmp_path/'boom').exists()
-    tried(times=2)
+    tried(times=3)
 
 
 @pytest.mark.fault(*RUBBISH)

@@ -8,7 +8,7 @@ __all__ = ['KINDS', 'FLOWS', 'CARD', 'WHICH', 'MOST_IN_A_GRID', 'Way', 'Drawn', 
            'write_png', 'write_tensors', 'Place', 'agreed', 'grid_columns', 'parser', 'best_device', 'main',
            'shown_again', 'summary', 'cli']
 
-# %% ../../nbs/16_sample.ipynb #56a1f4aa
+# %% ../../nbs/16_sample.ipynb #d31a842f
 import argparse, io, json, os, re, time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from ..data import check_choice, check_number, check_tensor, check_whole, from_levels, keyed, read_image, read_json, replace_bytes, save_images, to_levels
+from ..data import check_choice, check_device, check_number, check_tensor, check_whole, from_levels, keyed, read_image, read_json, replace_bytes, save_images, to_levels
 from ..denoise import denoise
 from ..flows import find_pretrained
 from ..guidance import SCHEDULES, ClassGuidance, Guidance, StarGuidance, TemperatureGuidance, check_weight, score_guidance
@@ -111,7 +111,7 @@ class OpenedJoint(Opened):
         like = next(self.model.parameters())
         return batch._replace(x=self.model.latent(batch.x.to(like), batch.target.to(like)).x.cpu(), target=None)
 
-# %% ../../nbs/16_sample.ipynb #acc114f2
+# %% ../../nbs/16_sample.ipynb #28bdafcd
 FLOWS = {k.__name__: k for k in (TarFlow, LatentTarFlow, AdaTarFlow)}
 
 CARD = {'sample': dict, 'config': dict, 'class_names': list, 'vae_name': str, 'vae': str}
@@ -129,8 +129,7 @@ def open_model(name,                 # a folder of save_pretrained or of a run, 
     "Any checkpoint of the library, as one object that draws images."
     for k, v in (('name', name), ('vae', vae)):
         if not isinstance(v, (str, os.PathLike)) and not (k == 'vae' and isinstance(v, (Vae, type(None)))): raise ValueError(f'{k}: {v!r} came, must be a folder, or the name of a checkpoint')
-    try: torch.device(device)
-    except (RuntimeError, TypeError): raise ValueError(f"device: {device!r} came, must be a device, such as 'cpu' or 'cuda:0'") from None
+    check_device('device', device, here=False)
     folder = find_pretrained(name)
     if not (folder/'config.json').exists() and (folder/'model'/'config.json').exists(): folder = folder/'model' # a run of chapter 15
     if not (folder/'config.json').exists(): raise ValueError(f'checkpoint: {name} holds no config.json; give a folder that save_pretrained wrote, or the one of a run that has saved')
