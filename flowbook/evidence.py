@@ -7,9 +7,10 @@ __all__ = ['BUDGETS', 'STATES', 'EXPERIMENTS', 'CHAPTERS', 'Summary', 'numbers',
            'compare', 'thresholds', 'check_seeds', 'power', 'detectable', 'power_statement', 'Verdict', 'identity',
            'lower', 'all_of', 'Experiment', 'experiment', 'as_json', 'registry', 'check_name', 'find', 'refuse_nan',
            'provenance', 'results_dir', 'result_path', 'as_file', 'write_atomic', 'read_result', 'difference',
-           'check_same', 'seed_list', 'command', 'run_each', 'run', 'load_result', 'per_seed', 'verdicts', 'judge_t1',
-           'known_flows', 'change_of_variables', 'judge_exact', 'flow_errors', 'exact_flow', 'judge_t4', 'as_maf',
-           'maf_limit', 'param_count', 'free_count', 'match_width', 'fit_best', 'families', 'judge_t5', 'bits_per_dim']
+           'check_same', 'seed_list', 'command', 'one_seed', 'run_each', 'run', 'load_result', 'per_seed', 'verdicts',
+           'flat', 'Again', 'compare_again', 'again', 'judge_t1', 'known_flows', 'change_of_variables', 'judge_exact',
+           'flow_errors', 'exact_flow', 'judge_t4', 'as_maf', 'maf_limit', 'param_count', 'free_count', 'match_width',
+           'fit_best', 'families', 'judge_t5', 'bits_per_dim']
 
 # %% ../nbs/03_evidence.ipynb #e86eedad
 import datetime, difflib, importlib, itertools, json, math, os, platform, time
@@ -204,7 +205,7 @@ def all_of(*verdicts:Verdict) -> Verdict:
     if not verdicts or not all(isinstance(v, Verdict) and v.state in order for v in verdicts): raise ValueError(f'verdicts: {verdicts!r} came; give one or more, as `identity` and `lower` make them')
     return Verdict(min((v.state for v in verdicts), key=order.index), '; '.join(v.reason for v in verdicts))
 
-# %% ../nbs/03_evidence.ipynb #909305df
+# %% ../nbs/03_evidence.ipynb #a858ac13
 @dataclass(frozen=True)
 class Experiment:
     "A registered experiment: what it is called, what it settles, how much it costs, how it is judged."
@@ -215,20 +216,24 @@ class Experiment:
     seeds: dict                     # budget -> how many seeds
     config: dict                    # budget -> configuration
     verdict: Callable|None = field(default=None, repr=False)
+    clock: tuple = ()               # the names in a result whose numbers are times: no two runs have the same
 
-# %% ../nbs/03_evidence.ipynb #a757b38d
+# %% ../nbs/03_evidence.ipynb #ac8c4ee7
 EXPERIMENTS = {}
-CHAPTERS = 'evidence', 'denoise', 'guidance', 'classify', 'repa', 'latent', 'simflow', 'scripts.demo'  # the modules that register experiments
+CHAPTERS = 'evidence', 'denoise', 'guidance', 'classify', 'repa', 'latent', 'simflow', 'scripts.demo', 'scripts.bench'  # the modules that register experiments
 
 def experiment(name:str, claims:tuple=(), title:str='',
                seeds:dict=None,     # budget -> how many seeds, for instance {'smoke': 1, 'laptop': 3}
                config:dict=None,    # budget -> configuration (what JSON can hold)
-               verdict=None):       # per-seed results -> {claim: Verdict}
+               verdict=None,        # per-seed results -> {claim: Verdict}
+               clock:tuple=()):     # names in a result whose numbers are times
     "Register a function (seed, budget) -> dict of numbers as an experiment."
     seeds = {'smoke': 1} if seeds is None else seeds
     check_name(name)
     if not isinstance(claims, (tuple, list)) or not all(isinstance(c, str) for c in claims):
         raise ValueError(f'claims: {claims!r} was given; give a tuple of texts, for instance (\'T1\',)')
+    if not isinstance(clock, (tuple, list)) or not all(isinstance(c, str) for c in clock):
+        raise ValueError(f'clock: {clock!r} came; give a tuple of names, for instance (\'seconds\',)')
     if not isinstance(seeds, dict): raise ValueError(f'seeds: {seeds!r} came; give {{budget: how many seeds}}')
     config = {b: {} for b in seeds} if config is None else config
     if not isinstance(config, dict): raise ValueError(f'config: {config!r} came; give {{budget: configuration}}')
@@ -248,7 +253,7 @@ def experiment(name:str, claims:tuple=(), title:str='',
         if old and old.function.__name__ != f.__name__:      # the same function again: a cell was run twice
             owner = f'{old.function.__module__}.{old.function.__name__}'
             raise ValueError(f'name: {name!r} is taken by {owner}; choose another')
-        EXPERIMENTS[name] = Experiment(name, f, tuple(claims), title, dict(seeds), config, verdict)
+        EXPERIMENTS[name] = Experiment(name, f, tuple(claims), title, dict(seeds), config, verdict, tuple(clock))
         return f
     return register
 
@@ -388,7 +393,21 @@ def command(name:str, budget:str, seeds:list) -> str:
     which = str(len(seeds)) if first else ','.join(map(str, seeds)) + ',' * (len(seeds) == 1)
     return f'flowbook_experiment {name} --budget {budget} --seeds {which}'
 
-# %% ../nbs/03_evidence.ipynb #622b10d2
+# %% ../nbs/03_evidence.ipynb #30b0c39a
+def one_seed(e:Experiment, budget:str, seed:int) -> tuple: # (result, seconds)
+    "Run an experiment with one seed; the caller's random state is not touched. ValueError for what is no result."
+    if budget == 'gpu' and not torch.cuda.is_available(): raise ValueError('budget: gpu came, and torch sees no CUDA device here; take laptop')
+    start = time.perf_counter()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        result = e.function(seed, budget)
+    seconds = time.perf_counter() - start
+    if not isinstance(result, dict):
+        raise ValueError(f'{e.name}, seed {seed}: the experiment returned {type(result).__name__}; it returns a dictionary of numbers')
+    refuse_nan(result, f'{e.name}, seed {seed}')
+    return as_json(result), seconds
+
+# %% ../nbs/03_evidence.ipynb #f9076b11
 def run_each(name:str, budget:str='smoke',
              seeds=None,            # how many, or which; by default as many as the experiment says
              out=None,              # folder of the result file; by default nbs/results
@@ -402,17 +421,8 @@ def run_each(name:str, budget:str='smoke',
     runs = {r['seed']: r for r in record['runs']} if record and not force else {}
     for seed in seeds:
         if seed in runs: yield seed, runs[seed]['result'], None; continue
-        start = time.perf_counter()
-        with torch.random.fork_rng():                        # the caller's random state is not touched
-            torch.manual_seed(seed)
-            result = e.function(seed, budget)
-        seconds = time.perf_counter() - start
-        if not isinstance(result, dict):
-            raise ValueError(f'{name}, seed {seed}: the experiment returned {type(result).__name__}; '
-                             'it returns a dictionary of numbers')
-        refuse_nan(result, f'{name}, seed {seed}')
-        runs[seed] = {'seed': seed, 'seconds': round(seconds, 2), **provenance(budget),
-                      'result': as_json(result)}
+        result, seconds = one_seed(e, budget, seed)
+        runs[seed] = {'seed': seed, 'seconds': round(seconds, 2), **provenance(budget), 'result': result}
         write_atomic(path, {'experiment': name, 'claims': list(e.claims), 'title': e.title, 'budget': budget,
                             'configuration': e.config[budget], 'command': command(name, budget, sorted(runs)),
                             'runs': [runs[s] for s in sorted(runs)]})
@@ -453,6 +463,67 @@ def verdicts(record:dict) -> dict: # {claim: Verdict}
     try: return judge([r['result'] for r in record['runs']]) if judge else {}
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
         raise ValueError(f"record: the results of {record['experiment']!r} do not hold what its verdict reads ({type(e).__name__}: {e})") from None
+
+# %% ../nbs/03_evidence.ipynb #03216b8f
+def flat(result:dict, prefix:str='') -> dict:
+    "The single numbers of a nested result, by dotted names; lists (curves) are left out."
+    out = {}
+    for k, v in result.items():
+        if isinstance(v, dict): out |= flat(v, f'{prefix}{k}.')
+        elif isinstance(v, (int, float)): out[f'{prefix}{k}'] = v
+    return out
+
+class Again(NamedTuple):
+    "A recorded seed, run again: how many numbers are the same, how many within two standard deviations, which are not, and which verdicts changed."
+    experiment: str
+    seed: int
+    same: int             # to the last bit
+    close: int            # to six digits
+    within: int           # of the spread
+    clock: int            # times, which are not compared
+    outside: dict         # name -> (recorded, new, standard deviation over the seeds)
+    changed: dict         # claim -> (state recorded, state with the new run in place of the old)
+
+    @property
+    def agrees(self) -> bool: return not self.outside and not self.changed
+
+    def __str__(self):
+        out = ''.join(f'\n  {k}: {a:.6g} is recorded, {b:.6g} came, spread {sd:.2g}' for k, (a, b, sd) in self.outside.items())
+        out += ''.join(f'\n  {k}: {a} is recorded, {b} came' for k, (a, b) in self.changed.items())
+        return (f'{self.experiment}, seed {self.seed}: {"agrees" if self.agrees else "DISAGREES"}; {self.same} numbers equal to the last bit, '
+                f'{self.close} to six digits, {self.within} within the spread, {len(self.outside)} outside' + f'; {self.clock} are times' * bool(self.clock) + out)
+
+# %% ../nbs/03_evidence.ipynb #7be79496
+def compare_again(record:dict, seed:int, result:dict) -> Again: # result: of the same seed
+    "Hold a new result of a recorded seed against its record."
+    try: runs = {r['seed']: r['result'] for r in record['runs']}
+    except (TypeError, LookupError): raise ValueError(f'record: {type(record).__name__} came; give what `run` and `load_result` give') from None
+    if seed not in runs: raise ValueError(f'seed: {seed!r} is not in the record; it has {", ".join(map(str, runs))}')
+    if not isinstance(result, dict): raise ValueError(f'result: {type(result).__name__} came; give what the experiment returned for that seed')
+    old, new, others = flat(runs[seed]), flat(result), [flat(r) for s, r in runs.items() if s != seed]
+    if old.keys() != new.keys():
+        raise ValueError(f'result: {sorted(old.keys() ^ new.keys())[0]!r} is in one of the two only; the code has changed since the record was made')
+    tally, outside, clock = {'same': 0, 'close': 0, 'within': 0, 'clock': 0}, {}, set(find(record['experiment']).clock)
+    for k, a in old.items():
+        b, rest = new[k], [t[k] for t in others if k in t]
+        sd = min(summary([v, *rest]).sd for v in (a, b))     # one that is far off must not widen the spread it is measured by
+        if clock & set(k.split('.')): tally['clock'] += 1
+        elif a == b: tally['same'] += 1
+        elif math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9): tally['close'] += 1  # a rounding error of 1e-14 may well be twice another
+        elif abs(a - b) <= 2 * sd: tally['within'] += 1
+        else: outside[k] = a, b, sd
+    was, now = (verdicts({**record, 'runs': [{'seed': s, 'result': r} for s, r in d.items()]}) for d in (runs, {**runs, seed: result}))
+    return Again(record['experiment'], seed, **tally, outside=outside, changed={c: (was[c].state, now[c].state) for c in was if was[c].state != now[c].state})
+
+def again(name:str, budget:str='laptop', seed:int=None, # None: the first that is recorded
+          out=None) -> Again:
+    "Run a recorded seed again and compare; the file is not touched."
+    e, record = find(name), load_result(name, budget, out)
+    seeds = [r['seed'] for r in record['runs']]
+    seed = seeds[0] if seed is None else check_whole('seed', seed, 0)
+    if seed not in seeds: raise ValueError(f'seed: {seed} is not in the record; it has {", ".join(map(str, seeds))}')
+    check_same(result_path(name, budget, out), record, e, budget)
+    return compare_again(record, seed, one_seed(e, budget, seed)[0])
 
 # %% ../nbs/03_evidence.ipynb #576e71e2
 def judge_t1(results):
@@ -659,15 +730,16 @@ def fit_best(flow, train, held_out, noise, *, steps:int, lr:float, seed:int=0, w
     if best[1]: flow.load_state_dict(state)
     return *best, looks
 
-# %% ../nbs/03_evidence.ipynb #a03312d1
+# %% ../nbs/03_evidence.ipynb #55bab41f
 def families(c:dict) -> dict: # {name: function that makes the flow}
     "The models of T5: equal parameters, equal blocks, and the two controls."
     from flowbook.flows import MAF, OnImages, RealNVP
     from flowbook.tarflow import TarFlow
-    T, shape = c['blocks'], (1, 8, 8)
-    tarflow = lambda: TarFlow(8, 1, c['patch_size'], c['dim'], T, 1, c['head_dim'])
-    maf  = lambda h, T=T: OnImages(MAF(64, h, layers=1, blocks=T), shape)
-    pair = lambda h, T=T: OnImages(RealNVP(64, h, layers=1, blocks=T), shape)
+    T, side = c['blocks'], c.get('image_size', 8)
+    shape, d = (1, side, side), side**2
+    tarflow = lambda: TarFlow(side, 1, c['patch_size'], c['dim'], T, 1, c['head_dim'])
+    maf  = lambda h, T=T: OnImages(MAF(d, h, layers=1, blocks=T), shape)
+    pair = lambda h, T=T: OnImages(RealNVP(d, h, layers=1, blocks=T), shape)
     deep, target = lambda h: pair(h, 2 * T), param_count(tarflow())
     made = {'maf': (maf, param_count), 'coupling': (pair, param_count),
             'maf_free': (maf, free_count), 'coupling_deep': (deep, param_count)}
@@ -682,20 +754,22 @@ def judge_t5(results):
              for a, b in (('tarflow', 'maf'), ('maf', 'coupling'))]
     return {'T5': all_of(*pairs)}
 
-# %% ../nbs/03_evidence.ipynb #f353c835
-@experiment('bits_per_dim', claims=('T5',), verdict=judge_t5, seeds={'smoke': 1, 'laptop': 5},
+# %% ../nbs/03_evidence.ipynb #c0733d2a
+@experiment('bits_per_dim', claims=('T5',), verdict=judge_t5, seeds={'smoke': 1, 'laptop': 5, 'gpu': 5},
             title='bits/dim on digits at equal parameters: TARFlow < MAF < affine coupling',
             config={'smoke': {'patch_size': 2, 'dim': 8, 'head_dim': 4, 'blocks': 2, 'steps': 4,
                               'lrs': [1e-2], 'decays': [.3], 'held_out': 288, 'draws': 1},
                     'laptop': {'patch_size': 2, 'dim': 32, 'head_dim': 16, 'blocks': 4, 'steps': 500,
                                'lrs': [1e-2, 3e-2, 1e-1], 'decays': [1e-4, .3],
-                               'held_out': 288, 'draws': 10}})
+                               'held_out': 288, 'draws': 10},
+                    'gpu': {'data': 'mnist5k', 'image_size': 28, 'patch_size': 4, 'dim': 128, 'head_dim': 32, 'blocks': 8, 'steps': 4000,
+                            'lrs': [1e-3, 3e-3], 'decays': [1e-4, .1], 'held_out': 500, 'draws': 4, 'device': 'cuda'}})
 def bits_per_dim(seed, budget):
     "T5: three families and two controls, trained alike, each at its best setting and its best moment."
     from flowbook.data import InMemory, load, stratified     # what it measures with
     from flowbook.train import Dequantize, mean_nll, to_bits
     c = EXPERIMENTS['bits_per_dim'].config[budget]
-    digits, test = load('digits'), load('digits', 'test')
+    digits, test = (load(c.get('data', 'digits'), split, image_size=c.get('image_size', 8)) for split in ('train', 'test'))
     part = lambda i: InMemory(digits.images[i], digits.labels[i], digits.classes, digits.levels)
     train, held_out = map(part, stratified(digits.labels, c['held_out'], seed))
     noise, out = [Dequantize(digits.levels)], {'steps': c['steps']}
@@ -704,7 +778,7 @@ def bits_per_dim(seed, budget):
         tried = []
         for lr, decay in itertools.product(c['lrs'], c['decays']):
             torch.manual_seed(seed)
-            flow = make()
+            flow = make().to(c.get('device', 'cpu'))
             nats, step, looks = fit_best(flow, train, held_out, noise, steps=c['steps'], lr=lr,
                                          weight_decay=decay, seed=seed)
             if looks: tried.append((bits(nats), step, lr, decay, flow, looks))

@@ -31,7 +31,7 @@ DOORS = [
     door('lower', lambda tmp: dict(a=[1., 2., 3.], b=[2., 3., 4.], names=('a', 'b')), a=NUMBERS, b=NUMBERS, names=[None, ('a',), 3, ('a', 'b', 'c')]),
     door('all_of', lambda tmp: dict(verdicts=(ev.Verdict('exact', ''),)), verdicts=[(), ('exact',), (ev.Verdict('sure', ''),)]),
     door('experiment', lambda tmp: dict(name='x'))._replace(bad=dict(name=[*NAMED[1:], 'a b'], claims=['T1', None, (1,)], seeds=[3, {}, {'laptop': 1}, {'smoke': 0}, {'smoke': 'one'}, {'smoke': 1, 'huge': 2}],
-                                                                     config=[3, {}, {'smoke': {'x': torch.zeros(1)}}, {'smoke': {'x': float('inf')}}, {'laptop': {}}], verdict=['yes', 3])),
+                                                                     config=[3, {}, {'smoke': {'x': torch.zeros(1)}}, {'smoke': {'x': float('inf')}}, {'laptop': {}}], verdict=['yes', 3], clock=['seconds', 3, (1,)])),
     door('find', lambda tmp: dict(name='maf_limit'))._replace(bad=dict(name=NAMED)),
     door('result_path', lambda tmp: dict(name='maf_limit', budget='smoke', out=tmp))._replace(bad=dict(name=NAMED[1:], budget=BUDGET, out=[v for v in FOLDERS if v is not None])),
     door('write_atomic', lambda tmp: dict(path=tmp/'a.json', record={'a': 1}), path=[None, 3, lambda good: good['path'].parent], record=[{'a': torch.zeros(1)}, {'a': float('inf')}, {(1, 2): 3}]),
@@ -42,9 +42,11 @@ DOORS = [
     door('load_result', stored)._replace(bad=dict(name=NAMED[1:], budget=BUDGET, out=[v for v in FOLDERS if v is not None])),
     door('per_seed', lambda tmp: dict(record=RECORD, key='log_prob'), record=[None, [], 'record', {}], key=[None, 3, 'bits', 'log_prob.x', '']),
     door('verdicts', lambda tmp: dict(record=RECORD), record=[None, [], {}, {**RECORD, 'runs': [dict(seed=0, result={})]}, {**RECORD, 'runs': []}]),
+    door('compare_again', lambda tmp: dict(record=RECORD, seed=0, result=RECORD['runs'][0]['result']), record=[None, [], {}, 'record'], seed=[1, None, 'one'], result=[None, [], {}, {'bits': 1.}]),
+    door('again', lambda tmp: (ev.run('maf_limit', out=tmp), dict(name='maf_limit', budget='smoke', out=tmp))[1])._replace(bad=dict(name=NAMED, budget=BUDGET, out=[v for v in FOLDERS if v is not None], seed=[1, -1, 1.5, 'one', True])),
     door('match_width', lambda tmp: dict(make=lambda w: torch.nn.Linear(w, w), target=50), make=[None, 3, lambda good: lambda w: torch.nn.Linear(2, 2)], target=whole(1)),
 ]
-INNER = {'records': 'Summary Comparison Verdict Experiment', 'without arguments': 'registry results_dir known_flows',
+INNER = {'records': 'Summary Comparison Verdict Experiment Again', 'without arguments': 'registry results_dir known_flows',
          'the checks themselves, and what they are made of': 'check_seeds check_name check_same difference refuse_nan as_json as_file',
-         'pieces of run_each': 'provenance command', 'verdicts on results': 'judge_t1 judge_exact judge_t4 judge_t5',
+         'pieces of run_each': 'provenance command one_seed', 'a reader of what was checked when it was read': 'flat', 'verdicts on results': 'judge_t1 judge_exact judge_t4 judge_t5',
          "experiments of the book: seed and budget are checked by run_each": 'change_of_variables exact_flow maf_limit bits_per_dim', 'pieces of these experiments': 'flow_errors as_maf param_count free_count fit_best families'}
