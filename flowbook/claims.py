@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAPERS', 'POSITIVE', 'FULL_SCALE', 'T', 'R', 'S', 'CLAIMS', 'MORE', 'MARKS', 'DIT', 'Claim', 'printed', 'check_claim',
-           'figures', 'Reading', 'reading', 'Row', 'row', 'ledger', 'counts', 'counts_table', 'parts', 'of_reading',
-           'as_html', 'as_text', 'plot_ledger', 'not_positive', 'without_power', 'tarflow_corrections',
+           'figures', 'Reading', 'reading', 'Row', 'row', 'ledger', 'counts', 'counts_table', 'parts', 'telling',
+           'of_reading', 'as_html', 'as_text', 'plot_ledger', 'not_positive', 'without_power', 'tarflow_corrections',
            'rrepa_corrections', 'simflow_corrections', 'notation_error', 'corrections']
 
 # %% ../nbs/18_claims.ipynb #25e1a044
@@ -160,7 +160,7 @@ def reading(e, claim:str, budget:str, out=None) -> Reading|None: # e: an Experim
     runs, steps = record['runs'], e.config[budget].get('steps', 0)
     return Reading(e.name, v.state, v.reason, budget, tuple(r['seed'] for r in runs), steps if isinstance(steps, int) else max(steps), runs[0].get('device', ''), record.get('command', make))
 
-# %% ../nbs/18_claims.ipynb #6b83eedf
+# %% ../nbs/18_claims.ipynb #c72a577e
 @dataclass(frozen=True)
 class Row:
     "A claim and what decides it; other readings stand beside."
@@ -175,7 +175,7 @@ def row(c:Claim, out=None) -> Row:
     "The row of a claim: the experiment that decides, at the largest budget that has a result."
     check_claim(c)
     found = [e for e in registry().values() if c.id in e.claims]
-    if not found: return Row(c, Reading('', 'preset', f'no twin at this size; {len(c.presets)} configurations stand ready') if c.id in FULL_SCALE else Reading('', 'not run', 'no experiment yet'))
+    if not found: return Row(c, Reading('', 'preset', f'no twin at this size: {len(c.presets)} configurations stand ready') if c.id in FULL_SCALE else Reading('', 'not run', 'no experiment yet'))
     order = sorted(found, key=lambda e: e.name != c.decides)                     # the one that decides first
     if len(found) > 1 and order[0].name != c.decides: raise ValueError(f'{c.id}: {", ".join(e.name for e in found)} touch it; its claim must name the one that decides')
     read = [[r for b in reversed(BUDGETS) if b != 'smoke' and (r := reading(e, c.id, b, out))] for e in order]
@@ -188,7 +188,7 @@ def ledger(out=None, # folder of the result files; None: nbs/results of the chec
     "Every claim, judged from the result files that are there now."
     return {k: row(c, out) for k, c in CLAIMS.items()}
 
-# %% ../nbs/18_claims.ipynb #9ba0ffe9
+# %% ../nbs/18_claims.ipynb #5c55d275
 def counts(rows:dict) -> dict: # ledger() -> paper -> state -> how many
     "How many claims of each paper are in each state."
     states = [s for s in (*STATES, *MORE) if any(r.state == s for r in rows.values())]
@@ -208,7 +208,16 @@ def parts(reason:str) -> list:
     "The sentences of a reason that `all_of` has joined."
     return re.split(r'; (?!with this spread|\d+ seeds?[: ]|no spread)', reason)
 
-# %% ../nbs/18_claims.ipynb #ba307128
+def telling(r) -> tuple: # a Reading -> (the part that decides its state, the others)
+    "What is not seen, or reversed, is said first; otherwise the first part."
+    def decides(s):
+        if r.state == 'not seen': return 'of repetitions' in s or 'no spread' in s
+        return r.state == 'reversed' and (m := re.search(r'difference (\S+), 95% interval (\S+) to', s)) and float(m[2]) > 0
+    said = parts(r.reason)
+    first = next((s for s in said if decides(s)), said[0])
+    return first, [s for s in said if s is not first]
+
+# %% ../nbs/18_claims.ipynb #cb57d38e
 MARKS = {'exact': '=', 'seen': '+', 'reversed': '−', 'not seen': '○', 'failed': '!', 'not judged': '?', 'preset': '□', 'not run': '·', 'stale': '~'}
 
 def of_reading(r:Reading) -> str:
@@ -225,7 +234,7 @@ def as_html(rows:dict, paper:str) -> str: # 'T', 'R' or 'S'
     for k, r in rows.items():
         if k[0] != paper: continue
         c, more = r.claim, ''.join(f'<details><summary>beside: {html.escape(b.experiment)}, {b.state}</summary>{of_reading(b)}</details>' for b in r.beside)
-        first, *rest = parts(r.decides.reason)
+        first, rest = telling(r.decides)
         body = f'{html.escape(first)}' + f'<details><summary>{len(rest)} more, and how it was made</summary>{of_reading(r.decides)}</details>' * bool(r.decides.command) + more
         told = f'<br><i>{html.escape(figures(c))}</i>' if c.figures else ''
         ready = f'<details><summary>{len(c.presets)} configurations</summary>{", ".join(f"<code>{p}</code>" for p in c.presets)}</details>' if c.presets else ''
