@@ -217,7 +217,7 @@ def telling(r) -> tuple: # a Reading -> (the part that decides its state, the ot
     first = next((s for s in said if decides(s)), said[0])
     return first, [s for s in said if s is not first]
 
-# %% ../nbs/18_claims.ipynb #cb57d38e
+# %% ../nbs/18_claims.ipynb #1e193790
 MARKS = {'exact': '=', 'seen': '+', 'reversed': '−', 'not seen': '○', 'failed': '!', 'not judged': '?', 'preset': '□', 'not run': '·', 'stale': '~'}
 
 def of_reading(r:Reading) -> str:
@@ -235,7 +235,7 @@ def as_html(rows:dict, paper:str) -> str: # 'T', 'R' or 'S'
         if k[0] != paper: continue
         c, more = r.claim, ''.join(f'<details><summary>beside: {html.escape(b.experiment)}, {b.state}</summary>{of_reading(b)}</details>' for b in r.beside)
         first, rest = telling(r.decides)
-        body = f'{html.escape(first)}' + f'<details><summary>{len(rest)} more, and how it was made</summary>{of_reading(r.decides)}</details>' * bool(r.decides.command) + more
+        body = f'{html.escape(first)}' + f'<details><summary>{f"{len(rest)} more, and " * bool(rest)}how it was made</summary>{of_reading(r.decides)}</details>' * bool(r.decides.command) + more
         told = f'<br><i>{html.escape(figures(c))}</i>' if c.figures else ''
         ready = f'<details><summary>{len(c.presets)} configurations</summary>{", ".join(f"<code>{p}</code>" for p in c.presets)}</details>' if c.presets else ''
         lines.append(f'<tr id="{k}"><td>{k}</td><td>{html.escape(c.says)} <small>({html.escape(c.where)})</small>{told}{ready}</td><td>{MARKS[r.state]}&nbsp;{r.state}</td><td>{body}</td></tr>')
@@ -249,11 +249,11 @@ def as_text(rows:dict) -> str:
     total = {s: n for s in (*STATES, *MORE) if (n := sum(r.state == s for r in rows.values()))}
     return '\n'.join([*lines, f'{len(rows)} claims: ' + ', '.join(f'{n} {s}' for s, n in total.items())])
 
-# %% ../nbs/18_claims.ipynb #7f856102
+# %% ../nbs/18_claims.ipynb #1e6d70ba
 def plot_ledger(rows:dict, ax=None):
     "A square for each claim with its state's sign: grey holds, black does not, white is open."
     import matplotlib.pyplot as plt
-    ax = plt.subplots(figsize=(9.5, 2.6))[1] if ax is None else ax
+    ax = plt.subplots(figsize=(9.5, 1.9))[1] if ax is None else ax
     shade = {'exact': '.82', 'seen': '.82', 'reversed': '.25', 'failed': '.25'}
     for y, letter in enumerate(PAPERS):
         for x, (k, r) in enumerate((k, r) for k, r in rows.items() if k[0] == letter):
@@ -263,7 +263,7 @@ def plot_ledger(rows:dict, ax=None):
             ax.text(x + .5, -y + .28, MARKS[r.state], ha='center', va='center', fontsize=10, color=ink)
     there = [s for s in MARKS if any(r.state == s for r in rows.values())]
     ax.text(0, -len(PAPERS) + .75, '     '.join(f'{MARKS[s]} {s}' for s in there), fontsize=9, va='center')
-    ax.set_xlim(-.1, 19.1); ax.set_ylim(-2.5, 1.1); ax.set_aspect('equal'); ax.axis('off')
+    ax.set_xlim(-.1, 19.1); ax.set_ylim(-2.4, 1.05); ax.set_aspect('equal'); ax.axis('off')
     return ax
 
 # %% ../nbs/18_claims.ipynb #d8ab6122
