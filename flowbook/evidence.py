@@ -393,21 +393,21 @@ def command(name:str, budget:str, seeds:list) -> str:
     which = str(len(seeds)) if first else ','.join(map(str, seeds)) + ',' * (len(seeds) == 1)
     return f'flowbook_experiment {name} --budget {budget} --seeds {which}'
 
-# %% ../nbs/03_evidence.ipynb #30b0c39a
-def one_seed(e:Experiment, budget:str, seed:int) -> tuple: # (result, seconds)
+# %% ../nbs/03_evidence.ipynb #f8610ccb
+def one_seed(e:Experiment, budget:str, seed:int) -> tuple: # (result, {'seconds': on the wall, 'cpu': of this process})
     "Run an experiment with one seed; the caller's random state is not touched. ValueError for what is no result."
     if budget == 'gpu' and not torch.cuda.is_available(): raise ValueError('budget: gpu came, and torch sees no CUDA device here; take laptop')
-    start = time.perf_counter()
+    wall, cpu = time.perf_counter(), time.process_time()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         result = e.function(seed, budget)
-    seconds = time.perf_counter() - start
+    took = {'seconds': round(time.perf_counter() - wall, 2), 'cpu': round(time.process_time() - cpu, 2)}
     if not isinstance(result, dict):
         raise ValueError(f'{e.name}, seed {seed}: the experiment returned {type(result).__name__}; it returns a dictionary of numbers')
     refuse_nan(result, f'{e.name}, seed {seed}')
-    return as_json(result), seconds
+    return as_json(result), took
 
-# %% ../nbs/03_evidence.ipynb #f9076b11
+# %% ../nbs/03_evidence.ipynb #7d1bb6e3
 def run_each(name:str, budget:str='smoke',
              seeds=None,            # how many, or which; by default as many as the experiment says
              out=None,              # folder of the result file; by default nbs/results
@@ -421,12 +421,12 @@ def run_each(name:str, budget:str='smoke',
     runs = {r['seed']: r for r in record['runs']} if record and not force else {}
     for seed in seeds:
         if seed in runs: yield seed, runs[seed]['result'], None; continue
-        result, seconds = one_seed(e, budget, seed)
-        runs[seed] = {'seed': seed, 'seconds': round(seconds, 2), **provenance(budget), 'result': result}
+        result, took = one_seed(e, budget, seed)
+        runs[seed] = {'seed': seed, **took, **provenance(budget), 'result': result}
         write_atomic(path, {'experiment': name, 'claims': list(e.claims), 'title': e.title, 'budget': budget,
                             'configuration': e.config[budget], 'command': command(name, budget, sorted(runs)),
                             'runs': [runs[s] for s in sorted(runs)]})
-        yield seed, result, seconds
+        yield seed, result, took['seconds']
 
 # %% ../nbs/03_evidence.ipynb #1b375cb6
 def run(name:str, budget:str='smoke', seeds=None, out=None, force:bool=False) -> dict:

@@ -48,7 +48,7 @@ def test_record(toy, tmp_path):
     assert set(record) == {'experiment', 'claims', 'title', 'budget', 'configuration', 'command', 'runs'}
     assert [r['seed'] for r in record['runs']] == [0, 1, 2]
     for r in record['runs']:
-        assert set(r) == {'seed', 'seconds', 'device', 'threads', 'date', 'versions', 'result'}
+        assert set(r) == {'seed', 'seconds', 'cpu', 'device', 'threads', 'date', 'versions', 'result'}
         assert set(r['versions']) == {'python', 'torch', 'numpy', 'flowbook'}
     text = (tmp_path / 'toy_of_a_test.smoke.json').read_text()
     for secret in (os.uname().nodename, str(Path.home()), str(tmp_path), os.getcwd()): assert secret not in text
@@ -305,11 +305,12 @@ def test_committed_results_are_current_and_positive():
         if 'laptop' not in e.seeds: continue
         record = ev.load_result(name, 'laptop', RESULTS)
         assert ev.difference(record['configuration'], e.config['laptop']) is None
-        assert len(record['runs']) >= e.seeds['laptop'] and sum(r['seconds'] for r in record['runs']) < 20 * 60
+        assert len(record['runs']) >= e.seeds['laptop']
+        assert sum(r.get('cpu', 0) for r in record['runs']) < 2 * 20 * 60, name       # twenty minutes of two cores
         states |= {c: v.state for c, v in ev.verdicts(record).items()}
     assert {c: states[c] for c in ('T1', 'T2', 'T3', 'T4', 'T5')} == {'T1': 'exact', 'T2': 'exact', 'T3': 'exact', 'T4': 'exact', 'T5': 'seen'}
     assert {c: states[c] for c in ('T8', 'T9', 'T10', 'T13', 'T17')} == {'T8': 'seen', 'T9': 'seen', 'T10': 'seen', 'T13': 'seen', 'T17': 'exact'}
-    assert {c: states[c] for c in ('R1', 'R3', 'R4', 'R5')} == {'R1': 'seen', 'R3': 'exact', 'R4': 'exact', 'R5': 'exact'}
+    assert {c: states[c] for c in ('R1', 'R3', 'R4')} == {'R1': 'seen', 'R3': 'exact', 'R4': 'exact'}
 
 
 def test_models_of_t5_are_equally_large():
