@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SWAP', 'SWEEP', 'LARGER', 'score', 'log_prob_and_score', 'frozen_log_prob', 'check_samples', 'denoise',
-           'judge_tweedie', 'tweedie', 'judge_noise_sweep', 'train_for_sweep', 'noise_sweep', 'sampled']
+           'judge_tweedie', 'tweedie', 'best_sigma', 'judge_noise_sweep', 'train_for_sweep', 'noise_sweep', 'sampled']
 
 # %% ../nbs/07_denoise.ipynb #3e03b9e4
 import math, threading
@@ -98,14 +98,24 @@ def tweedie(seed, budget):
     mse = lambda v: (v - x).square().mean().item()
     return {'error': error, 'noisy': mse(noisy), 'denoised': mse(denoise(flow, noisy, flow.card['sigma'], y))}
 
-# %% ../nbs/07_denoise.ipynb #85a4e299
+# %% ../nbs/07_denoise.ipynb #474c9da7
+def best_sigma(sigmas, fids) -> float: # ascending; one number each
+    "Where FID is lowest over sigma: the vertex of the parabola through the lowest and its neighbours, in logarithms."
+    import numpy as np
+    k = min(range(len(fids)), key=lambda i: fids[i])
+    if k in (0, len(fids) - 1): return float(sigmas[k])     # at the edge there is no parabola
+    a, b, _ = np.polyfit(np.log(np.asarray(sigmas[k-1:k+2], dtype=float) / sigmas[k]), np.log(fids[k-1:k+2]), 2)
+    return float(sigmas[k] * np.exp(-b / (2 * a)))
+
+# %% ../nbs/07_denoise.ipynb #04182f01
 def judge_noise_sweep(results):
     "The verdicts on T7, T8 and T13."
     noises = list(results[0]['noise'])
     sigmas = [k for k in noises if k != 'uniform']
     get = lambda k, what: [r['noise'][k][what] for r in results]
     better = [lower(get(k, 'fid_denoised'), get(k, 'fid_raw'), (f'FID at sigma {k} denoised', 'raw')) for k in sigmas if float(k) >= .05]
-    best = lambda what: [float(min(sigmas, key=lambda k: r['noise'][k][what])) for r in results]
+    grid = sorted(sigmas, key=float)
+    best = lambda what: [best_sigma([float(k) for k in grid], [r['noise'][k][what] for k in grid]) for r in results]
     more = lower(best('fid_raw'), best('fid_denoised'), ('best sigma raw', 'best sigma denoised'))
     steep = lower([math.log10(v) for v in get('0.2', 'condition')], [math.log10(v) for v in get('uniform', 'condition')],
                   ('log10 of the condition at sigma 0.2', 'at uniform noise'))
