@@ -104,7 +104,7 @@ def test_the_best_sigma_lies_between_the_points_of_a_grid():
 def sweep(seed, raw=.09, denoised=.13, gain=.7): # FIDs whose lowest points are known
     grid, wobble = ('0.02', '0.05', '0.1', '0.2', '0.3', '0.5'), 1 + .02 * (seed % 3)
     fid = lambda k, best: 30 * math.exp(.4 * math.log(float(k) / (best * wobble))**2)
-    rows = {k: {'fid_raw': fid(k, raw), 'fid_denoised': gain * fid(k, denoised), 'condition': 20. + seed - 10 * (k != 'uniform'), 'broken': 30 * (k == '0.02')} for k in grid}
+    rows = {k: {'fid_raw': fid(k, raw), 'fid_denoised': gain * fid(k, denoised), 'condition': 10. + seed, 'broken': 30 * (k == '0.02')} for k in grid}
     return {'noise': {'uniform': {**rows['0.1'], 'condition': 70. + seed}, **rows}, 'rank_correlation': .9}
 
 
