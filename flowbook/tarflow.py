@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ABLATION', 'ABLATION_LARGER', 'THEIRS', 'attention', 'Attention', 'KVCache', 'Mlp', 'Layer', 'check_tau',
            'check_tokens', 'TokenTransformer', 'Conditioner', 'TarBlock', 'BlockFlow', 'reading_order', 'as_order',
-           'per_block', 'check_config', 'TarFlow', 'CouplingBlock', 'judge_variants', 'variants', 'by_shape',
+           'per_block', 'check_config', 'TarFlow', 'CouplingBlock', 'judge_variants', 'tarflow_variants', 'by_shape',
            'judge_shapes', 'shape_sweep', 'published_config', 'rename', 'published_weights']
 
 # %% ../nbs/04_tarflow.ipynb #b11a38b8
@@ -370,20 +370,20 @@ def judge_variants(results):
     return {'T16': all_of(*[lower(fid('nvp', what), fid(kind, what), (f'FID {how} of TARFlow', name))
                             for what, how in (('unguided', 'unguided'), ('guided', 'at its best w')) for kind, name in other.items()])}
 
-# %% ../nbs/04_tarflow.ipynb #4fd56c35
-@experiment('variants', claims=('T16',), verdict=judge_variants, seeds={'smoke': 1, 'laptop': 5, 'gpu': 5},
+# %% ../nbs/04_tarflow.ipynb #f03775ef
+@experiment('tarflow_variants', claims=('T16',), verdict=judge_variants, seeds={'smoke': 1, 'laptop': 5, 'gpu': 5},
             title='TARFlow, volume preserving and channel coupling: FID unguided and at the best w of each',
             config={'smoke': {**ABLATION, 'steps': 5, 'samples': 40, 'ws': [.5, 4.]},
                     'laptop': {**ABLATION, 'steps': 800, 'samples': 1000, 'ws': [.25, .5, 1., 2., 4.]},
                     'gpu': {**ABLATION_LARGER, 'steps': 5000, 'ws': [.1, .25, .5, 1., 2., 4.]}})
-def variants(seed, budget):
+def tarflow_variants(seed, budget):
     "T16: the three kinds trained alike; the weight of guidance is chosen on one set of samples and judged on another."
     from flowbook.data import load                           # what it measures with: later chapters
     from flowbook.denoise import train_for_sweep
     from flowbook.guidance import ClassGuidance, guided_quality
     from flowbook.metrics import collect
     from flowbook.train import GaussianNoise, mean_nll, to_bits
-    c, out = EXPERIMENTS['variants'].config[budget], {}
+    c, out = EXPERIMENTS['tarflow_variants'].config[budget], {}
     data, test = (load(c.get('data', 'digits'), split) for split in ('train', 'test'))
     reference = collect(data, 'digits')
     for kind in ('nvp', 'vp', 'coupling'):

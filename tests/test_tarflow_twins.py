@@ -9,7 +9,7 @@ registry()
 SHAPES = '1x9', '3x3', '9x1', '3x1', '6x1', '3x2'
 
 
-@pytest.mark.parametrize('name', ['variants', 'shape_sweep'])
+@pytest.mark.parametrize('name', ['tarflow_variants', 'shape_sweep'])
 def test_the_smoke_budget_runs_and_one_seed_judges_nothing(name, tmp_path):
     record = run(name, 'smoke', out=tmp_path)
     assert set(verdicts(record)) == set(EXPERIMENTS[name].claims) and all(v.state == 'not judged' for v in verdicts(record).values())
@@ -19,7 +19,7 @@ TINY = {'device': 'cpu', 'steps': 2, 'samples': 20, 'batch_size': 8}
 
 
 @pytest.mark.parametrize('name,less', [
-    ('variants', {'ws': [.5]}), ('shape_sweep', {'shapes': [[1, 2], [2, 1]]}), ('guidance_sweep', {'ws': [.5], 'taus': [2.]}),
+    ('tarflow_variants', {'ws': [.5]}), ('shape_sweep', {'shapes': [[1, 2], [2, 1]]}), ('guidance_sweep', {'ws': [.5], 'taus': [2.]}),
     ('noise_sweep', {'noises': ['uniform', '0.1'], 'points': 1, 'looks': 2})])
 def test_the_gpu_budget_runs_when_it_is_made_small(name, less, monkeypatch):
     "The larger configuration through the same function, on the CPU: other images, other sizes."
