@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'constant', 'linear', 'Guidance', 'check_weight', 'LinearGuidance', 'ClassGuidance', 'inverse_blocks',
            'check_guided', 'inverse_block', 'guided_inverse', 'guided_sample', 'judge_trajectory', 'trajectory_states',
-           'TemperatureGuidance', 'StarGuidance', 'score_guidance', 'judge_guidance_sweep', 'guidance_sweep']
+           'TemperatureGuidance', 'StarGuidance', 'score_guidance', 'judge_guidance_sweep', 'guided_quality',
+           'guidance_sweep']
 
-# %% ../nbs/08_guidance.ipynb #4bd8fd8f
+# %% ../nbs/08_guidance.ipynb #a4618b7a
 import torch
 from torch import Tensor
 from .data import check_choice, check_number, check_tensor, load, unpatchify
-from .denoise import SWEEP, denoise, score, train_for_sweep
+from .denoise import LARGER, SWEEP, denoise, score, train_for_sweep
 from .evidence import EXPERIMENTS, all_of, experiment, identity, lower
 from .flows import Flow, check_module, check_y, count_and_labels, unaffine
 from .metrics import collect, evaluate
@@ -196,23 +197,29 @@ def _at(d, keys):
     for k in keys: d = d[k]
     return d
 
-# %% ../nbs/08_guidance.ipynb #377b818f
-@experiment('guidance_sweep', claims=('T10', 'T11', 'T12'), verdict=judge_guidance_sweep, seeds={'smoke': 1, 'laptop': 5},
+# %% ../nbs/08_guidance.ipynb #beb6313a
+def guided_quality(flow, guidance, c:dict, reference, draw:int, gamma:float=0.) -> dict: # c: noise, samples, device; draw: seed of the latents
+    "FID, precision and recall of guided, denoised samples: what the sweeps of chapters 04 and 08 measure of one flow."
+    n, sigma = c['samples'], float(c['noise'])
+    y = (torch.arange(n) % 10).to(c.get('device', 'cpu')) if flow.classes else None
+    x = guided_sample(flow, n if y is None else y, guidance, torch.Generator().manual_seed(draw))
+    x = x.clone().nan_to_num(0, 2, -2).clamp(-2, 2)                      # what broke is shown at the edge, not left out
+    if gamma: x = score_guidance(flow, x, y, gamma).clamp(-2, 2)
+    out = evaluate(denoise(flow, x, sigma, y).nan_to_num(0, 1, -1).cpu(), reference, ('fid', 'precision', 'recall'), 'digits')
+    return {k: out[k] for k in ('fid', 'precision', 'recall')}
+
+# %% ../nbs/08_guidance.ipynb #be9be406
+@experiment('guidance_sweep', claims=('T10', 'T11', 'T12'), verdict=judge_guidance_sweep, seeds={'smoke': 1, 'laptop': 5, 'gpu': 5},
             title='guidance: FID, precision and recall over w, schedule and temperature',
             config={'smoke': {**SWEEP, 'steps': 5, 'noise': '0.1', 'samples': 40, 'ws': [.5, 4.], 'taus': [2.]},
-                    'laptop': {**SWEEP, 'steps': 800, 'noise': '0.1', 'samples': 1000, 'ws': [.1, .25, .5, 1., 2., 4.], 'taus': [.5, 1.5, 3.]}})
+                    'laptop': {**SWEEP, 'steps': 800, 'noise': '0.1', 'samples': 1000, 'ws': [.1, .25, .5, 1., 2., 4.], 'taus': [.5, 1.5, 3.]},
+                    'gpu': {**LARGER, 'steps': 5000, 'noise': '0.1', 'samples': 4000, 'ws': [.1, .25, .5, 1., 2., 4.], 'taus': [.5, 1.5, 3.]}})
 def guidance_sweep(seed, budget):
     "T10, T11, T12: FID over guidance weights, chosen on one set of samples and judged on another."
     c = EXPERIMENTS['guidance_sweep'].config[budget]
     flow, free = (train_for_sweep(c['noise'], c, seed, classes=k)[0] for k in (10, 0))
-    reference, sigma, n = collect(load('digits'), 'digits'), float(c['noise']), c['samples']
-    def measure(model, guidance, draw, gamma=0.):
-        y = torch.arange(n) % 10 if model.classes else None
-        x = guided_sample(model, n if y is None else y, guidance, torch.Generator().manual_seed(1000 * seed + draw))
-        x = x.clone().nan_to_num(0, 2, -2).clamp(-2, 2)                  # what broke is shown at the edge, not left out
-        if gamma: x = score_guidance(model, x, y, gamma).clamp(-2, 2)
-        out = evaluate(denoise(model, x, sigma, y).nan_to_num(0, 1, -1), reference, ('fid', 'precision', 'recall'), 'digits')
-        return {k: out[k] for k in ('fid', 'precision', 'recall')}
+    reference, sigma = collect(load(c.get('data', 'digits')), 'digits'), float(c['noise'])
+    measure = lambda model, guidance, draw, gamma=0.: guided_quality(model, guidance, c, reference, 1000 * seed + draw, gamma)
     kinds = {'constant': ClassGuidance, 'linear': lambda w: ClassGuidance(w, 'linear'), 'product': StarGuidance}
     curves = {k: {str(w): measure(flow, make(w), 0) for w in c['ws']} for k, make in kinds.items()}
     curves['temperature'] = {f'{w} {tau}': measure(free, TemperatureGuidance(w, tau), 0) for tau in c['taus'] for w in c['ws']}

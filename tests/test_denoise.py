@@ -90,3 +90,28 @@ def test_threads_leave_the_parameters_of_a_model_alone():
     for t in threads: t.start()
     for t in threads: t.join()
     assert all(a is b and b.requires_grad for a, b in zip(before, flow.parameters())) and all(torch.equal(want[k], got[k]) for k in range(3))
+
+
+def test_the_best_sigma_lies_between_the_points_of_a_grid():
+    from flowbook.denoise import best_sigma
+    sigmas = [.02, .05, .1, .2, .3, .5]
+    for true in (.06, .1, .17, .28):                              # a parabola is found exactly, on a grid that is not even
+        got = best_sigma(sigmas, [math.exp(3 + .4 * math.log(s / true)**2) for s in sigmas])
+        assert got == pytest.approx(true, rel=1e-6)
+    assert best_sigma(sigmas, [1, 2, 3, 4, 5, 6]) == .02 and best_sigma(sigmas, [6, 5, 4, 3, 2, 1]) == .5 and best_sigma([.2], [7.]) == .2
+
+
+def sweep(seed, raw=.09, denoised=.13, gain=.7): # FIDs whose lowest points are known
+    grid, wobble = ('0.02', '0.05', '0.1', '0.2', '0.3', '0.5'), 1 + .02 * (seed % 3)
+    fid = lambda k, best: 30 * math.exp(.4 * math.log(float(k) / (best * wobble))**2)
+    rows = {k: {'fid_raw': fid(k, raw), 'fid_denoised': gain * fid(k, denoised), 'condition': 10. + seed, 'broken': 30 * (k == '0.02')} for k in grid}
+    return {'noise': {'uniform': {**rows['0.1'], 'condition': 70. + seed}, **rows}, 'rank_correlation': .9}
+
+
+def test_verdicts_on_the_noise_sweep_come_out_each_way():
+    from flowbook.denoise import judge_noise_sweep
+    state = lambda **kw: {c: v.state for c, v in judge_noise_sweep([sweep(s, **kw) for s in range(6)]).items()}
+    assert state() == {'T7': 'seen', 'T8': 'seen', 'T13': 'seen'}
+    assert state(denoised=.07)['T7'] == state(gain=30.)['T7'] == 'reversed'          # less noise is best; denoising harms
+    wavers = [sweep(s, denoised=.09 + .05 * (-1)**s) for s in range(6)]
+    assert judge_noise_sweep(wavers)['T7'].state == 'not seen'

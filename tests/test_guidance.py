@@ -140,3 +140,20 @@ def test_bad_input(make, says):
 
 def test_linear_schedule_counts_tokens():
     assert [linear(i, 5) for i in range(5)] == [0, .25, .5, .75, 1] and linear(0, 1) == 0
+
+
+@pytest.mark.parametrize('guide,share', [(ClassGuidance(1.7), lambda i: 1.), (ClassGuidance(1.7, 'linear'), lambda i: i / 3)], ids=['constant', 'linear'])
+def test_a_coupling_is_guided_by_the_half_that_passes(guide, share):
+    "Both predictions come from the half that passes; joined, they invert the other half. TARFlow Table 5."
+    f = flow('coupling').double()
+    z = got = torch.randn(4, 4, 4, dtype=torch.float64)
+    for b in reversed(f.blocks):
+        (mc, ac), (mu, au) = b.params(z, Y)[:2], b.params(z, None)[:2]
+        x, keep = z.clone(), b.keep()
+        for i in range(4):                                       # token by token, number by number that is steered
+            w = 1.7 * share(i)
+            alpha, shift = (1 + w) * ac[:, i] - w * au[:, i], (1 + w) * mc[:, i] - w * mu[:, i]
+            x[:, i, ~keep] = (z[:, i] * alpha.exp() + shift)[:, ~keep]
+        z = x
+    *_, (t, got) = inverse_blocks(f, got, Y, guide)
+    assert t == 1 and (got - z).abs().max() < 1e-12

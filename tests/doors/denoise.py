@@ -12,4 +12,4 @@ DOORS = [
     door('denoise', lambda tmp: batch_of(sigma=.1, steps=1, checkpoint=False), sigma=number(0), steps=whole(0), **ALL),
 ]
 INNER = {'the part of `log_prob_and_score` without checks, for those who have checked': 'frozen_log_prob',
-         'experiments and their verdicts: `flowbook.evidence` calls them with budgets of its own, and test_evidence runs them': 'judge_tweedie tweedie judge_noise_sweep train_for_sweep noise_sweep sampled'}
+         'experiments and their verdicts: `flowbook.evidence` calls them with budgets of its own, and test_evidence runs them': 'judge_tweedie tweedie judge_noise_sweep best_sigma train_for_sweep noise_sweep sampled'}

@@ -29,4 +29,4 @@ DOORS = [
     door('score_guidance', lambda tmp: dict(flow=flow('nvp', 3), x=torch.zeros(2, 1, 4, 4), y=Y, gamma=.1), flow=[*FLOWS[:3], lambda good: flow()], x=[*tensor(), integers('x'), off('x', 1), off('x', 2)], y=[None, *labels(3, 2)], gamma=number()),
 ]
 INNER = {'no guidance, and the base of all': 'Guidance', 'schedules, called by a guidance': 'constant linear', 'the checks themselves': 'check_weight check_guided',
-         'a step of inverse_blocks': 'inverse_block', "experiments of the book, without arguments of a reader's own: seed and budget are checked by evidence": 'trajectory_states guidance_sweep', 'verdicts on their results': 'judge_trajectory judge_guidance_sweep'}
+         'a step of inverse_blocks': 'inverse_block', "experiments of the book, without arguments of a reader's own: seed and budget are checked by evidence": 'trajectory_states guidance_sweep guided_quality', 'verdicts on their results': 'judge_trajectory judge_guidance_sweep'}

@@ -54,4 +54,5 @@ DOORS = [
 INNER = {'the pieces of a block, built by TarFlow, which checks their sizes': 'attention Attention Mlp Layer TokenTransformer Conditioner BlockFlow',
          'a value that samplers pass on to step': 'KVCache',
          'the checks themselves, and what they call; what they refuse is tried at TarFlow': 'check_tau check_tokens check_config per_block reading_order as_order',
-         'parts of from_ml_tarflow': 'published_config published_weights rename'}
+         'parts of from_ml_tarflow': 'published_config published_weights rename',
+         "experiments of the book, without arguments of a reader's own: seed and budget are checked by evidence": 'tarflow_variants shape_sweep', 'verdicts on their results': 'judge_variants judge_shapes by_shape'}
