@@ -216,9 +216,9 @@ class Experiment:
     config: dict                    # budget -> configuration
     verdict: Callable|None = field(default=None, repr=False)
 
-# %% ../nbs/03_evidence.ipynb #a757b38d
+# %% ../nbs/03_evidence.ipynb #87a689ae
 EXPERIMENTS = {}
-CHAPTERS = 'evidence', 'denoise', 'guidance', 'classify', 'repa', 'latent', 'simflow', 'scripts.demo'  # the modules that register experiments
+CHAPTERS = 'evidence', 'denoise', 'guidance', 'classify', 'repa', 'latent', 'simflow', 'variants', 'scripts.demo'  # the modules that register experiments
 
 def experiment(name:str, claims:tuple=(), title:str='',
                seeds:dict=None,     # budget -> how many seeds, for instance {'smoke': 1, 'laptop': 3}

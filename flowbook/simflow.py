@@ -478,9 +478,10 @@ DIGITS = dict(data='digits', variant='fixed', steps=300, lr=4e-3, batch_size=64,
                        down_block_types=('DownEncoderBlock2D',) * 2, up_block_types=('UpDecoderBlock2D',) * 2, mid_block_add_attention=False, norm_num_groups=8),
               flow=dict(image_size=4, channels=64, patch_size=1, dim=64, blocks=2, layers=(1, 2), head_dim=16, classes=10))
 
-# %% ../nbs/13_simflow.ipynb #a2f204cf
-def training(config:dict, data, seed:int=0, every:int=25): # see DIGITS; yields (logs, the model, averaged if `average`)
-    "Train a variant jointly, or a part alone and then the rest; the first report is step 0."
+# %% ../nbs/13_simflow.ipynb #5396d718
+def training(config:dict, data, seed:int=0, every:int=25, # see DIGITS; yields (logs, the model, averaged if `average`)
+             term=None):                 # in the place of `FlowNLL()`: `AlignedNLL(...)`, whose projector is trained, too
+    "Train a variant jointly, or a part alone and then the rest; the first report is step 0. With config['device'], there."
     if not isinstance(config, dict) or (gone := [k for k in DIGITS if k not in config and k != 'data']):
         raise ValueError(f'config: {f"it lacks {gone[0]}" if isinstance(config, dict) else repr(config) + " came"}, must be a dictionary with {", ".join(DIGITS)}')
     c, steps, v = config, check_whole('config, steps', config['steps']), config['variant']
@@ -489,11 +490,12 @@ def training(config:dict, data, seed:int=0, every:int=25): # see DIGITS; yields 
     v = VARIANTS[v] if isinstance(v, str) else v
     if odd := set(v.frozen) - {'encoder', 'decoder'}: raise ValueError(f"frozen: {', '.join(sorted(odd))}; 'encoder', 'decoder', or both")
     torch.manual_seed(seed)
-    model = SimFlow(c['vae'], c['flow'], v.before or v.posterior, v.norm)
+    model = SimFlow(c['vae'], c['flow'], v.before or v.posterior, v.norm).to(check_device('config, device', c.get('device', 'cpu')))
     def stage(v, steps):
+        terms = [term if term is not None and isinstance(t, FlowNLL) else t for t in terms_of(v, c['p'], c['weight'])]
         stream = batches(data, c['batch_size'], seed=seed, transforms=[DrawNoise(model.posterior.draws(model.N)), DropLabels(c['drop'])])
         mean = ema(model, c['average']) if c['average'] else None
-        for logs in fit(model, stream, Joint(*terms_of(v, c['p'], c['weight'])), steps=steps, every=every, warmup=min(20, steps // 5), ema=mean, **{**PAPER, 'lr': c['lr']}):
+        for logs in fit(model, stream, Joint(*terms), steps=steps, every=every, warmup=min(20, steps // 5), ema=mean, **{**PAPER, 'lr': c['lr']}):
             yield logs, (mean.module if mean else model).eval()
             model.train()
         model.eval()
