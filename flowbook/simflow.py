@@ -482,7 +482,7 @@ MNIST = {**DIGITS, 'data': 'mnist5k', 'device': 'cuda', 'steps': 3000, 'lr': 1e-
          'vae': {**DIGITS['vae'], 'block_out_channels': (64, 64, 128), 'down_block_types': ('DownEncoderBlock2D',) * 3, 'up_block_types': ('UpDecoderBlock2D',) * 3},
          'flow': {**DIGITS['flow'], 'image_size': 7, 'dim': 256, 'blocks': 4, 'layers': (2, 2, 2, 4), 'head_dim': 32}}
 
-# %% ../nbs/13_simflow.ipynb #5396d718
+# %% ../nbs/13_simflow.ipynb #5a1b172f
 def training(config:dict, data, seed:int=0, every:int=25, # see DIGITS; yields (logs, the model, averaged if `average`)
              term=None):                 # in the place of `FlowNLL()`: `AlignedNLL(...)`, whose projector is trained, too
     "Train a variant jointly, or a part alone and then the rest; the first report is step 0. With config['device'], there."
@@ -492,6 +492,7 @@ def training(config:dict, data, seed:int=0, every:int=25, # see DIGITS; yields (
     check_data('data', data); check_whole('seed', seed, 0); check_whole('every', every); check_number('config, average', c['average'], 0, 1, below=True)
     if not isinstance(v, Variant) and not (isinstance(v, str) and v in VARIANTS): raise ValueError(f'config, variant: {v!r}; a Variant, or one of {"; ".join(VARIANTS)}')
     v = VARIANTS[v] if isinstance(v, str) else v
+    if isinstance(term, type) or not (term is None or callable(term)): raise ValueError(f'term: {term!r} came, must be a term, such as FlowNLL() or AlignedNLL(...)')
     if odd := set(v.frozen) - {'encoder', 'decoder'}: raise ValueError(f"frozen: {', '.join(sorted(odd))}; 'encoder', 'decoder', or both")
     torch.manual_seed(seed)
     model = SimFlow(c['vae'], c['flow'], v.before or v.posterior, v.norm).to(check_device('config, device', c.get('device', 'cpu')))
@@ -563,13 +564,13 @@ def judge_collapse(results):
     low = [min(v / r['fixed']['spread'][0] for v in r['fixed']['spread']) for r in results]
     return {'S4': Verdict(s4.state, f'{s4.reason}; lowest PSNR of fixed {min(db("fixed")):.4g} dB, lowest share on its way {min(low):.2g}{beside("learned")}'), 'S5': Verdict(s5.state, s5.reason + beside('none x5', 'linear x5'))}
 
-# %% ../nbs/13_simflow.ipynb #2db4156f
+# %% ../nbs/13_simflow.ipynb #874b3390
 @experiment('simflow_collapse', claims=('S4', 'S5'), verdict=judge_collapse, seeds={'smoke': 1, 'laptop': 3, 'gpu': 3},
             title='joint training on digits: spread of mu and PSNR over the steps, by what spreads the latents; some with five times the reconstruction',
             config={'smoke': {**DIGITS, 'steps': 2, 'every': 1, 'samples': 20, 'digits': 20, 'variants': ['none', 'learned, no entropy', 'fixed', 'linear', 'slerp'], 'heavy': ['linear']},
                     'laptop': {**DIGITS, 'steps': 300, 'every': 25, 'samples': 360, 'digits': 360,
                                'variants': ['none', 'learned, no entropy', 'learned', 'fixed', 'linear', 'slerp'], 'heavy': ['none', 'linear']},
-                    'gpu': {**MNIST, 'every': 100, 'samples': 4000, 'digits': 500,
+                    'gpu': {**MNIST, 'every': 100, 'samples': 4000, 'digits': 1000,
                             'variants': ['none', 'learned, no entropy', 'learned', 'fixed', 'linear', 'slerp'], 'heavy': ['none', 'linear']}})
 def simflow_collapse(seed, budget):
     "S4, S5: one training a variant; equal seeds, batches and steps."
@@ -705,20 +706,20 @@ def judge_simflow_guidance(results):
 
 LONG = dict(image_size=16, channels=64, patch_size=1, dim=64, blocks=6, layers=[2] * 6, head_dim=32, classes=10) # size S with a narrow Transformer
 
-# %% ../nbs/13_simflow.ipynb #8f32277e
+# %% ../nbs/13_simflow.ipynb #1cca4286
 @experiment('simflow_guidance', claims=('S8', 'S9'), verdict=judge_simflow_guidance, seeds={'smoke': 1, 'laptop': 5, 'gpu': 5},
             title="STARFlow's guidance alone and with Eq. 6: FID over w, best against best, and the time",
             config={'smoke': {**DIGITS, 'steps': 3, 'samples': 20, 'ws': [0., 1.], 'gammas': ['0', '0.25'], 'batches': [1], 'rounds': 1,
                               'long': {**LONG, 'image_size': [64, 4], 'channels': 2, 'dim': 16, 'head_dim': 8, 'blocks': 2, 'layers': [1, 1]}, 'long_batches': [1]},
                     'laptop': {**DIGITS, 'steps': 600, 'samples': 1000, 'ws': [0., .25, .5, 1., 2., 4.], 'gammas': ['0', '0.25', '0.5'],
                                'batches': [1, 16, 256], 'rounds': 3, 'long': LONG, 'long_batches': [1, 16]},
-                    'gpu': {**MNIST, 'steps': 6000, 'samples': 4000, 'ws': [0., .25, .5, 1., 2., 4.], 'gammas': ['0', '0.25', '0.5'],
+                    'gpu': {**MNIST, 'steps': 6000, 'samples': 4000, 'digits': 1000, 'ws': [0., .25, .5, 1., 2., 4.], 'gammas': ['0', '0.25', '0.5'],
                             'batches': [1, 16, 256], 'rounds': 3, 'long': LONG, 'long_batches': [1, 16, 256]}})
 def simflow_guidance(seed, budget):
     "S8, S9: one model a seed; each w inverts once, and Eq. 6 starts from the same latents."
     c = EXPERIMENTS['simflow_guidance'].config[budget]
     data, device = load(c['data']), c.get('device', 'cpu')
-    reference, image, y = judge_of(data), load(c['data'], 'test').batch(range(100))[0].to(device), torch.arange(c['samples'], device=device) % 10
+    reference, image, y = judge_of(data), load(c['data'], 'test').batch(range(c.get('digits', 100)))[0].to(device), torch.arange(c['samples'], device=device) % 10
     for _, model in training(c, data, seed, c['steps']): pass
     def latents(w, draw, n=len(y)): return model.sample(y[:n], StarGuidance(w) if w else None, generator=torch.Generator().manual_seed(1000 * seed + draw), batch_size=256, decode=False)
     def step(x, gamma, n=len(y)): return score_guidance(model.flow, x, y[:n], float(gamma))
@@ -826,17 +827,18 @@ def _at(d, keys):
     for k in keys: d = d[k]
     return d
 
-# %% ../nbs/13_simflow.ipynb #329e75b1
+# %% ../nbs/13_simflow.ipynb #f0330cc3
 @experiment('simflow_robust', claims=('S6', 'S7'), verdict=judge_robust, seeds={'smoke': 1, 'laptop': 5, 'gpu': 5},
             title='a VAE alone with learned and with fixed variance, and end to end: PSNR against latent noise, midpoints, four statistics of the latents',
             config={'smoke': {**DIGITS, 'steps': 3, 'digits': 40, 'noises': ['0', '0.5'], 'variants': ['vae, learned', 'vae, fixed', 'fixed']},
                     'laptop': {**DIGITS, 'steps': 300, 'digits': 360, 'noises': ['0', '0.1', '0.25', '0.5', '0.75', '1'],
                                'variants': ['vae, learned', 'vae, fixed', 'learned', 'fixed']},
-                    'gpu': {**MNIST, 'digits': 1000, 'noises': ['0', '0.1', '0.25', '0.5', '0.75', '1'], 'variants': ['vae, learned', 'vae, fixed', 'learned', 'fixed']}})
+                    'gpu': {**MNIST, 'digits': 1000, 'stride': 101, 'noises': ['0', '0.1', '0.25', '0.5', '0.75', '1'], 'variants': ['vae, learned', 'vae, fixed', 'learned', 'fixed']}})
 def simflow_robust(seed, budget):
     "S6, S7: one training a variant; all but `learned` have unit tokens, so that the same noise means the same."
     c, out = EXPERIMENTS['simflow_robust'].config[budget], {}
-    data, (image, y) = load(c['data']), load(c['data'], 'test').batch(range(c['digits']))
+    data, test = load(c['data']), load(c['data'], 'test')
+    image, y = test.batch([k * c.get('stride', 1) % len(test) for k in range(c['digits'])])           # MNIST lies class by class, and pairs are of two classes
     reference, image = judge_of(data), image.to(c.get('device', 'cpu'))
     for name in c['variants']:
         for _, model in training({**c, 'variant': name}, data, seed, c['steps']): pass

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from flowbook.data import load
-from flowbook.evidence import EXPERIMENTS, as_json, load_result, refuse_nan, run, verdicts
+from flowbook.evidence import EXPERIMENTS, as_json, find, load_result, refuse_nan, run, verdicts
 from flowbook.simflow import DIGITS, MNIST, FlowNLL, judge_of, training
 from flowbook.variants import (POSITIONS, ROWS, TINY, aligned_term, at_sigma, beta_at, channel_bits, fid_smaller, judge_position, judge_sigma, judge_variants, judge_width,
                                measured, moderate, smaller, swept, wide)
@@ -25,17 +25,26 @@ def test_smoke(name, tmp_path):
     assert run(name, 'smoke', out=tmp_path / 'again')['runs'][0]['result'] == record['runs'][0]['result']
 
 
-@pytest.mark.parametrize('name', NAMES)
+FEW = dict(rows=['fixed', 'frozen encoder, noise'], sigmas=['0.1', '0.5'], widths=[8, 16], variants=['vae, fixed', 'fixed'], heavy=[], every=1, ws=[1.], noises=['0', '1'], batches=[1], long_batches=[], rounds=1,
+           steps=1, samples=20, digits=20, batch_size=4)
+
+
+@pytest.mark.parametrize('name', [*NAMES, 'simflow_collapse', 'simflow_guidance', 'simflow_robust', 'latent_two_step'])
 def test_the_gpu_budget_runs_small_on_a_cpu(name, monkeypatch):
-    e = EXPERIMENTS[name]
-    c = e.config['gpu']
-    assert c['device'] == 'cuda' and c['data'] == 'mnist5k' and c['steps'] > e.config['laptop']['steps']
-    vae, flow = {**c['vae'], 'block_out_channels': [8, 8, 8]}, {**c['flow'], 'dim': 16, 'head_dim': 8, 'layers': [1] * c['flow']['blocks']}
-    small = as_json({**c, 'device': 'cpu', 'steps': 1, 'samples': 20, 'digits': 20, 'ws': [1.], 'batch_size': 4, 'vae': vae, 'flow': flow})
-    for k in ('rows', 'sigmas', 'widths'):
-        if k in c: small[k] = ['fixed', 'frozen encoder, noise'] if k == 'rows' else c[k][:3]
-    monkeypatch.setitem(e.config, 'gpu', small)
+    e = find(name)
+    c, latent = e.config['gpu'], name.startswith('latent')
+    assert c['device'] == 'cuda' and c['steps'] > e.config['laptop']['steps'] and e.seeds['gpu'] >= 3 and (latent or c['data'] == 'mnist5k')
+    small = {**c, 'device': 'cpu', **{k: v for k, v in FEW.items() if k in c}}
+    if latent: small['model'] = {**c['model'], 'dim': 16, 'head_dim': 8}
+    else: small |= {'vae': {**c['vae'], 'block_out_channels': [8, 8, 8]}, 'flow': {**c['flow'], 'dim': 16, 'head_dim': 8, 'layers': [1] * c['flow']['blocks']}}
+    monkeypatch.setitem(e.config, 'gpu', as_json(small))
     refuse_nan(e.function(0, 'gpu'), name)
+
+
+def test_pairs_of_the_gpu_budget_are_of_two_classes():
+    c, test = find('simflow_robust').config['gpu'], load('mnist5k', 'test')
+    y = test.batch([k * c['stride'] % len(test) for k in range(c['digits'])])[1]
+    assert len(test) == c['digits'] == len(set(k * c['stride'] % len(test) for k in range(c['digits']))) and (y != y.roll(1)).float().mean() > .9
 
 
 @pytest.mark.parametrize('name', NAMES)
