@@ -8,12 +8,12 @@ __all__ = ['FROZEN', 'SWEPT', 'TINY', 'BIG', 'ROWS', 'NOISES', 'WIDTHS', 'POSITI
            'moderate', 'judge_sigma', 'at_sigma', 'simflow_sigma', 'beta_at', 'judge_width', 'simflow_width',
            'judge_position', 'aligned_term', 'simflow_position']
 
-# %% ../nbs/13_variants.ipynb #86b07a29
+# %% ../nbs/13_variants.ipynb #5ca92b0a
 import math
 import torch
 from torch import Tensor
 from .data import check_device, check_number, check_whole, load
-from .evidence import EXPERIMENTS, Verdict, all_of, compare, experiment, lower, numbers, power_statement, summary
+from .evidence import EXPERIMENTS, Verdict, all_of, compare, detectable, experiment, lower, numbers, power_statement, summary
 from .guidance import StarGuidance
 from .metrics import reconstruction
 from .repa import Forward, Projector, encoder, shrunk
@@ -53,7 +53,7 @@ def swept(c:dict, seed:int, rows:dict, term=lambda name: None) -> dict: # rows: 
         out[name] = measured(model, image, reference, c, seed)
     return out
 
-# %% ../nbs/13_variants.ipynb #c230a707
+# %% ../nbs/13_variants.ipynb #44869fca
 def smaller(a, b,                # FIDs, one a seed
             names:tuple) -> Verdict: # what a and b are called
     "The verdict on the claim that a is lower than b, for numbers that differ by a factor: `lower` on their logarithms."
@@ -62,7 +62,9 @@ def smaller(a, b,                # FIDs, one a seed
     logs = [[math.log(v) for v in values] for values in (a, b)]
     v, k = lower(*logs, names), compare(*logs)
     said = f'{names[0]} {summary(a)}, {names[1]} {summary(b)}: a factor of {math.exp(k.diff):.3g}'
-    if v.state in ('not seen', 'not judged'): return Verdict(v.state, f'{said}; in the logarithm: {power_statement(k)}')
+    if v.state == 'not judged': return Verdict(v.state, f'{said}; {power_statement(k)}')
+    if v.state == 'not seen': return Verdict(v.state, f'{said}; {k.n} seeds, spread of the logarithm {k.sd:.2g}: '
+        f'a factor of {math.exp(detectable(k.sd, k.n)):.3g} is seen in 80% of repetitions, a smaller one may be there')
     return Verdict(v.state, f'{said}, 95% interval {math.exp(k.low):.3g} to {math.exp(k.high):.3g}, {k.agree} of {k.n} seeds agree')
 
 def column(results:list, row:str, key:str) -> list: return [r[row][key] for r in results]
