@@ -496,7 +496,7 @@ class LatentFlow(nn.Module):
         if not isinstance(vae, Vae): vae = load_vae(vae or (folder/'vae' if (folder/'vae').is_dir() else flow.card.get('vae_name', DIGITS_VAE)), device)
         return cls(flow, vae).eval()
 
-# %% ../nbs/12_latent.ipynb #510f0670
+# %% ../nbs/12_latent.ipynb #3461a841
 LATENT = {'model': {'image_size': 4, 'channels': 4, 'patch_size': 1, 'dim': 48, 'blocks': 8, 'layers': 1, 'head_dim': 24},
           'classes': 10, 'lr': 7e-3, 'weight_decay': .1, 'batch_size': 64, 'average': .99}
 
@@ -511,7 +511,7 @@ def train_latent(c:dict,                  # model, classes, steps, lr, batch_siz
     if data.vae != check_vae(vae).identity: raise ValueError(f"vae: the latents are of {data.plan['vae_name']} ({data.vae}); {vae.name} ({vae.identity}) is another")
     check_whole('seed', seed, 0)
     torch.manual_seed(seed)
-    flow, steps = LatentTarFlow(**c['model'], classes=c['classes']), c['steps']
+    flow, steps = LatentTarFlow(**c['model'], classes=c['classes']).to(check_device('c, device', c.get('device', 'cpu'))), c['steps']
     mean, transforms = ema(flow, c['average']), [Pick(.5 if data.plan['flips'] == 2 and c.get('flip') else 0.), GaussianNoise(c['sigma'])]
     stream = batches(data, c['batch_size'], seed=seed, transforms=transforms + [DropLabels(.1)] * bool(c['classes']))
     for _ in fit(flow, stream, steps=steps, lr=c['lr'], warmup=steps // 20, weight_decay=c['weight_decay'], ema=mean, every=steps): pass
@@ -550,16 +550,20 @@ def judge_latent(results):
     return {'R15': lower(get('0.2', 'fid_denoised'), get('0.2', 'fid_raw'), ('FID at sigma 0.2 denoised', 'raw')),
             'R11': r11._replace(reason=f"lowest at sigma {', '.join(best)}, seed by seed; {r11.reason}")}
 
-# %% ../nbs/12_latent.ipynb #0215f489
-@experiment('latent_two_step', claims=('R15', 'R11'), verdict=judge_latent, seeds={'smoke': 1, 'laptop': 3},
+# %% ../nbs/12_latent.ipynb #8664279a
+@experiment('latent_two_step', claims=('R15', 'R11'), verdict=judge_latent, seeds={'smoke': 1, 'laptop': 3, 'gpu': 5},
             title='latent TARFlow on digits: decoded samples raw and denoised, by the noise in training',
-            config={'smoke': {**LATENT, 'steps': 10, 'sigmas': ['0.2'], 'samples': 50}, 'laptop': {**LATENT, 'steps': 800, 'sigmas': ['0.05', '0.1', '0.2', '0.4'], 'samples': 1437}})
+            config={'smoke': {**LATENT, 'steps': 10, 'sigmas': ['0.2'], 'samples': 50}, 'laptop': {**LATENT, 'steps': 800, 'sigmas': ['0.05', '0.1', '0.2', '0.4'], 'samples': 1437},
+                    'gpu': {**LATENT, 'device': 'cuda', 'model': {**LATENT['model'], 'dim': 192, 'layers': 2, 'head_dim': 48}, 'lr': 2e-3, 'average': .998, 'steps': 4000,
+                            'sigmas': ['0.05', '0.1', '0.2', '0.4'], 'samples': 5000}})
 def latent_two_step(seed, budget):
     "R15, R11: one training a noise; the same latents decoded raw, and denoised first."
     import tempfile
-    c, vae, test = EXPERIMENTS['latent_two_step'].config[budget], load_vae(), load('digits', 'test')
-    reference, y, out = collect(load('digits'), 'digits'), torch.arange(c['samples']) % 10, {}
-    fid = lambda x: evaluate(x.nan_to_num(0.), reference, ('fid', 'precision', 'recall'), 'digits')
+    c, test = EXPERIMENTS['latent_two_step'].config[budget], load('digits', 'test')
+    device = c.get('device', 'cpu')
+    vae, y = load_vae(device=device), torch.arange(c['samples'], device=device) % 10
+    reference, out = collect(load('digits'), 'digits'), {}
+    fid = lambda x: evaluate(x.cpu().nan_to_num(0.), reference, ('fid', 'precision', 'recall'), 'digits')
     with tempfile.TemporaryDirectory() as tmp:
         data = CachedLatents(cache_latents(vae, load('digits'), f'{tmp}/train', flip=False), vae)
         held = CachedLatents(cache_latents(vae, test, f'{tmp}/test', flip=False), vae)
@@ -571,5 +575,5 @@ def latent_two_step(seed, budget):
             a, b = fid(model.decode(raw)), fid(model.decode(clean.nan_to_num(0.)))
             out[sigma] = {'nll': mean_nll(model.flow, held, [Pick(0.), GaussianNoise(float(sigma))]), 'fid_raw': a['fid'], 'fid_denoised': b['fid'],
                           'precision_raw': a['precision'], 'precision_denoised': b['precision'], 'recall_raw': a['recall'], 'recall_denoised': b['recall']}
-        rec = fid(vae.decode(vae.encode(test.batch(range(len(test)))[0], sample=False)))
+        rec = fid(vae.decode(vae.encode(test.batch(range(len(test)))[0].to(device), sample=False)))
     return {'sigma': out, 'fid_reconstruction': rec['fid']}
