@@ -12,10 +12,11 @@ __all__ = ['ENCODERS', 'DIGITS_ENCODERS', 'STRATEGIES', 'SCHEDULES', 'ALIGN', 'S
            'gradient_support', 'pseudo_reverse', 'Reverse', 'Detach', 'vjp', 'push', 'Pulled', 'pull_through',
            'run_cut', 'shared_backward', 'upwards', 'downwards', 'value_error', 'judge_exact', 'alignment_exact',
            'KeepClean', 'Lookup', 'check_alignment', 'encoder_may_miss', 'without_encoder', 'Alignment', 'steady',
-           'train_aligned', 'features_of', 'table_rows', 'chosen', 'drawn', 'shrunk', 'drawn_fid', 'read_digits',
-           'at_best_w', 'against', 'judge_r7', 'judge_r8', 'judge_r13', 'judge_r14', 'faster', 'judge_r9', 'width',
-           'judge_r10', 'judge_r2', 'judge_tables', 'alignment_tables', 'train_aligned_flow', 'timm_name', 'patch_side',
-           'timm_vit', 'few_words', 'MissingWeights', 'cached', 'check_reachable', 'no_answer']
+           'train_aligned', 'features_of', 'table_rows', 'chosen', 'drawn', 'shrunk', 'drawn_fid', 'noisy_test',
+           'share_of', 'read_digits', 'glance', 'at_best_w', 'against', 'judge_r7', 'judge_r8', 'judge_r13',
+           'judge_r14', 'faster', 'judge_r9', 'width', 'judge_r10', 'judge_r2', 'judge_tables', 'alignment_tables',
+           'train_aligned_flow', 'timm_name', 'patch_side', 'timm_vit', 'few_words', 'MissingWeights', 'cached',
+           'check_reachable', 'no_answer']
 
 # %% ../nbs/11_repa.ipynb #97a3bcca
 import difflib, logging, math, threading
@@ -787,7 +788,7 @@ def chosen(rows) -> str:
     "The paper's choice among rows: reverse alignment of the last blocks at the deepest layer."
     return max((name for name in rows if name.startswith('reverse last')), key=lambda name: int(name.split()[-1]))
 
-# %% ../nbs/11_repa.ipynb #39df98b0
+# %% ../nbs/11_repa.ipynb #d5300821
 def drawn(flow:TarFlow, n:int, sigma:float, seed:int, w:float=0.) -> Tensor: # (n, c, h, w) on the CPU
     "Denoised samples, one class after the other; what broke is shown at the edge of what images reach, not left out."
     y, g = (torch.arange(n) % flow.classes).to(next(flow.parameters()).device), torch.Generator().manual_seed(seed + 1)
@@ -802,13 +803,24 @@ def drawn_fid(flow:TarFlow, n:int, c:dict, seed:int, reference, w:float=0.) -> d
     "FID and sFID of samples under guidance `w`."
     return evaluate(shrunk(drawn(flow, n, c['sigma'], seed, w)), reference, ('fid', 'sfid'), 'digits')
 
+def noisy_test(flow:TarFlow, c:dict) -> tuple: # (n, c, h, w), (n,), where the flow is
+    "Noisy test images and their labels."
+    data = load(c['data'], 'test', image_size=c['model']['image_size'])
+    return tuple(v[:c['digits']].to(next(flow.parameters()).device) for v in noisy(data, c['sigma']))
+
+def share_of(hits:Tensor) -> float: return hits.double().mean().item()
+
 def read_digits(flow:TarFlow, c:dict) -> dict:
     "Accuracies on noisy test images by one gradient and by exact Bayes, their agreement, and bits of the noisy density."
-    data = load(c['data'], 'test', image_size=c['model']['image_size'])
-    x, y = (v[:c['digits']].to(next(flow.parameters()).device) for v in noisy(data, c['sigma']))
+    x, y = noisy_test(flow, c)
     log_p, one = class_log_probs(flow, x), classify(flow, x)
-    share, exact = lambda v: v.double().mean().item(), log_p.argmax(1)
-    return {'one': share(one == y), 'bayes': share(exact == y), 'agree': share(one == exact), 'bits': to_bits(-log_p.gather(1, y[:, None]).mean().item() / x[0].numel())}
+    exact = log_p.argmax(1)
+    return {'one': share_of(one == y), 'bayes': share_of(exact == y), 'agree': share_of(one == exact), 'bits': to_bits(-log_p.gather(1, y[:, None]).mean().item() / x[0].numel())}
+
+def glance(flow:TarFlow, c:dict, seed:int, reference) -> dict:
+    "A look on the way: the accuracy of one gradient, and FID at the one weight `c['w']`."
+    x, y = noisy_test(flow, c)
+    return {'one': share_of(classify(flow, x) == y), 'fid': drawn_fid(flow, c['samples'], c, seed + OTHER, reference, c['w'])['fid']}
 
 # %% ../nbs/11_repa.ipynb #df6f433c
 OTHER = 1000                             # added to a seed: samples to judge on, which nothing was chosen on
