@@ -7,6 +7,7 @@ import torch
 from flowbook.classify import (Reliability, all_layers, ascend, bayes, class_gradient, class_log_probs, classify, first_order, judge_classification, layer_features,
                                linear_probe, noisy, reliability, value_and_gradient)
 from flowbook.data import InMemory, load
+from flowbook.evidence import EXPERIMENTS
 from flowbook.flows import MAF, Flow, OnImages, RealNVP, shake
 from flowbook.tarflow import TarFlow
 
@@ -291,3 +292,16 @@ REFUSED = {
 def test_refused_by_name(what):
     call, message = REFUSED[what]
     with pytest.raises(ValueError, match=message): call()
+
+
+@pytest.mark.slow
+def test_the_gpu_budget_runs_when_shrunk():
+    "What one GPU is to run, with fewer steps, digits and a narrower flow, on the CPU."
+    e = EXPERIMENTS['classification']
+    kept, e.config['gpu'] = e.config['gpu'], {**e.config['gpu'], 'device': 'cpu', 'steps': 2, 'every': 1, 'look_at': [1, 2], 'report': [1, 2], 'digits': 20, 'batch_size': 4,
+                                              'model': {**e.config['gpu']['model'], 'dim': 16, 'head_dim': 8}}
+    try: result = e.function(0, 'gpu')
+    finally: e.config['gpu'] = kept
+    assert kept['device'] == 'cuda' and kept['look_at'][-1] == kept['steps'] and all(s % kept['every'] == 0 for s in kept['look_at'])
+    assert list(result['looks']) == ['1', '2'] and min(result['steps'], key=float) == '0.0013' == f"{1 / 28**2:.4f}"
+    assert judge_classification([result])['R1'].state == 'not judged'

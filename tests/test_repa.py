@@ -1,5 +1,6 @@
 """Representation alignment: who learns, exact identities along the family, one forward pass for both losses, two processes, and errors."""
 import copy
+import math
 
 import pytest
 import torch
@@ -7,9 +8,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from flowbook.data import Flip, batches, load
+from flowbook.evidence import EXPERIMENTS
 from flowbook.flows import shake
-from flowbook.repa import (ALIGN, SMALL, Alignment, Detach, Forward, KeepClean, Lookup, Projector, Reverse, ReverseSequential, alignment_gradient, alignment_loss, encode,
-                           encoder, flat, gradient_support, nll_per_dimension, pseudo_reverse, trace, train_aligned)
+from flowbook.repa import (ALIGN, ROWS, SMALL, Alignment, Detach, Forward, KeepClean, Lookup, Projector, Reverse, ReverseSequential, alignment_gradient, alignment_loss, encode,
+                           chosen, drawn, encoder, faster, flat, gradient_support, judge_tables, nll_per_dimension, pseudo_reverse, table_rows, trace, train_aligned, width)
 from flowbook.tarflow import TarFlow
 from flowbook.train import NLL, DropLabels, GaussianNoise, fit
 
@@ -329,3 +331,92 @@ def test_more_that_does_not_fit():
         with pytest.raises(ValueError, match='table'): Lookup(bad)
     with pytest.raises(ValueError, match='features of 2 samples, and sample 7 came'): next(batches(load('digits'), 8, shuffle=False, transforms=[Lookup(v)]))
     with pytest.raises(ValueError, match="kind: 'foo'"): next(train_aligned({**SMALL, 'steps': 1}, 0, {**ALIGN, 'kind': 'foo'}))
+
+
+# the twins of the paper's tables: how they are judged, and their configurations
+
+def synthetic(better=lambda name: 0., apart=.02, slow=1., seeds=4):
+    "Results as `alignment_tables` makes them: `better(name)` is what a row gains in FID, sFID and (a hundredth of it) in accuracy."
+    def one(seed):
+        jitter = lambda k: .01 * ((seed * 7 + k) % 5 - 2)                   # a spread that agrees between no two rows
+        rows = {n: {'fid': 20 - better(n) + jitter(i), 'sfid': 9 - better(n) + jitter(i + 1), 'one': .8 + better(n) / 100 + jitter(i + 2) / 100, 'w': 1.}
+                for i, n in enumerate(table_rows(ROWS))}
+        looks = {n: {str(s): {'fid': 400 * math.exp(-s / (30 * k)), 'one': .2 + s / (1000 * k) + jitter(s) / 100} for s in (20, 40, 60, 80, 100)}
+                 for n, k in (('plain', 1.), ('reverse last 3', slow + jitter(3)))}
+        sweeps = {n: {str(w): rows[n]['fid'] * (1 + .2 * (w - 1)**2) for w in (0., .5, 1., 2., 3.)} for n in ('plain', 'reverse last 3')}
+        probes = {n: {'1 1': .3, '4 3': rows[n]['one'] + apart + jitter(5) / 10} for n in ('plain', 'reverse last 3')}
+        return {'rows': rows, 'looks': looks, 'sweeps': sweeps, 'probes': probes}
+    return [one(s) for s in range(seeds)]
+
+
+# what each claim says, as gains of rows; and what its opposite would be
+PAPER = {'plain': 0, 'forward first 1': -4, 'detach first 1': 1, 'detach all 1': 1, 'detach all 3': -1, 'reverse all 1': 1, 'detach last 1': 1, 'reverse last 1': 2,
+         'reverse last 2': 3, 'reverse last 3': 5, 'lambda 0.1': 6, 'encoder digits-labels': 4, 'encoder untrained': 1}
+
+
+def test_every_verdict_on_the_tables_comes_out_both_ways():
+    seen = synthetic(PAPER.get, slow=.5)
+    for r in seen: r['rows']['detach first 1']['one'] = .95                 # the one claim whose best in accuracy is not the best in FID
+    for claim, v in judge_tables(seen).items(): assert v.state == 'seen', (claim, v)
+    other = synthetic(lambda name: -PAPER[name], apart=.2, slow=2.)
+    for claim, v in judge_tables(other).items(): assert v.state == 'reversed', (claim, v)
+    same = judge_tables(synthetic())                                        # nothing but spread: no direction, and the power is told
+    for claim in ('R7', 'R8', 'R13', 'R14'): assert same[claim].state == 'not seen' and 'is seen in 80%' in same[claim].reason and 'of 100 steps' in same[claim].reason
+    for claim, v in judge_tables(synthetic(PAPER.get, seeds=2)).items(): assert v.state == 'not judged'
+
+
+@pytest.mark.parametrize('claim,names', [('R7', ['reverse last 1']), ('R8', ['reverse last 1', 'detach all 3']), ('R13', ['plain', 'encoder untrained']), ('R14', ['reverse last 3'])])
+def test_each_part_of_a_claim_can_break_it(claim, names):
+    for name in names:
+        results = synthetic(lambda n: 9. * (n == name) + PAPER[n] * (n != name) if claim != 'R7' else PAPER[n] - 9. * (n == name), slow=.5)
+        for r in results: r['rows']['detach first 1']['one'] = .95
+        assert judge_tables(results)[claim].state == 'reversed', name
+
+
+def test_faster_compares_the_steps_to_one_level():
+    looks = lambda *fids: {str(100 * (i + 1)): {'fid': f} for i, f in enumerate(fids)}
+    level = lambda v: -math.log(v['fid'])
+    slow, fast = looks(400, 200, 100, 50), looks(200, 50, 25, 12)
+    assert faster(slow, fast, level) == pytest.approx(400 / 200) and faster(fast, slow, level) == pytest.approx(200 / 400)
+    assert faster(slow, slow, level) == 1
+    assert faster(looks(400, 100, 25), looks(400, 50, 25), level) == pytest.approx(1)       # both end at 25
+    assert faster(looks(400, 100), looks(400, 50), level) == pytest.approx(200 / (100 + 100 * math.log(4) / math.log(8)))
+    assert faster(looks(400, 100, 120), looks(400, 50, 60), level) == pytest.approx(200 / (100 + 100 * math.log(4) / math.log(8)))    # the best so far counts
+
+
+def test_width_is_the_stretch_around_the_best_weight():
+    assert width({'0': 40, '1': 10, '2': 20, '3': 50}) == pytest.approx(.5 + 5 / 30)
+    assert width({'0': 40, '1': 10, '2': 12, '3': 50, '4': 10}) == pytest.approx(1 + 3 / 38 + 5 / 30)    # what lies behind a hill is not counted
+    assert width({'0': 10, '1': 11, '2': 12}) == 2                          # the ends of the sweep end it
+
+
+def test_an_aligned_training_is_the_recipe_of_chapter_06():
+    "Without alignment, and with the schedule that recipes have: the same flow, bit for bit."
+    from flowbook.noise import averaging
+    c = {**SMALL, 'schedule': 'cosine', 'steps': 3}
+    (_, a), = train_aligned(c, 5)
+    (_, b), = averaging(c, load('digits'), [GaussianNoise(c['sigma'])], 5, 3)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+    (_, steady), = train_aligned({**c, 'schedule': 'steady'}, 5)
+    assert not torch.equal(next(steady.parameters()), next(a.parameters()))
+    for bad in ({'schedule': 'linear'}, {'device': 'nowhere'}):
+        with pytest.raises(ValueError, match=next(iter(bad))): next(train_aligned({**c, **bad}, 5))
+
+
+@pytest.mark.slow
+def test_the_gpu_budget_runs_when_shrunk():
+    "What one GPU is to run, with fewer steps and samples, on the CPU: every row fits the larger flow."
+    e = EXPERIMENTS['alignment_tables']
+    kept, e.config['gpu'] = e.config['gpu'], {**e.config['gpu'], 'device': 'cpu', 'steps': 1, 'every': 1, 'tried': 12, 'samples': 12, 'digits': 10, 'batch_size': 4, 'ws': [0., 1.],
+                                              'model': {**e.config['gpu']['model'], 'dim': 16, 'head_dim': 8}}
+    try: result = e.function(0, 'gpu')
+    finally: e.config['gpu'] = kept
+    assert set(result['rows']) == set(table_rows(kept)) and chosen(result['rows']) == 'reverse last 3' and kept['device'] == 'cuda'
+    assert {v.state for v in judge_tables([result]).values()} == {'not judged'}
+
+
+def test_samples_of_the_twins_are_drawn_on_the_device_of_the_flow_and_come_back():
+    flow = shake(TarFlow(8, 1, 2, 16, 2, 1, 8, classes=10), .02)
+    a, b, guided = drawn(flow, 7, .1, 3), drawn(flow, 7, .1, 3), drawn(flow, 7, .1, 3, 1.)
+    assert a.shape == (7, 1, 8, 8) and a.device.type == 'cpu' and torch.equal(a, b) and not torch.equal(a, guided)
+    if torch.cuda.is_available(): assert torch.allclose(drawn(flow.cuda(), 7, .1, 3), a, atol=1e-3)

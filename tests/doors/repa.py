@@ -109,7 +109,7 @@ DOORS = [
          encoder=[*whole(), torch.nn.Linear(2, 2), lambda good: R().Encoder(vit().vit, (2, 4), 2)]),
     door('Alignment.forward', lambda tmp: dict(flow=flow(), x=x(), y=Y, target=V), of=lambda tmp: objective(), flow=NO_FLOW, x=[*images(), lambda good: good['x'][:0]], y=NO_LABELS,
          target=['patches', None, [1.], V.long(), V[:2], V[:, :3], V[..., :7]]),
-    door('train_aligned', lambda tmp: dict(c=recipe(), seed=0, how=dict(ALIGN), every=1), c=['recipe', None, {}, gone('c'), lambda good: {**good['c'], 'shift': 1}], seed=whole(0), how=['reverse', 3, {}, gone('how'), {**ALIGN, 'kind': 'foo'}],
+    door('train_aligned', lambda tmp: dict(c=recipe(), seed=0, how=dict(ALIGN), every=1), c=['recipe', None, {}, gone('c'), *(lambda good, more=more: {**good['c'], **more} for more in ({'shift': 1}, {'schedule': 'linear'}, {'device': 'nowhere'}))], seed=whole(0), how=['reverse', 3, {}, gone('how'), {**ALIGN, 'kind': 'foo'}],
          every=[v for v in whole() if v is not None]),
 ]
 INNER = {
@@ -118,5 +118,8 @@ INNER = {
     'hooks and transforms without arguments of their own': 'KeepClean encoder_may_miss without_encoder',
     'trainings of the checkpoints of the book, too long for a table: seed and steps are checked first, names by check_choice': 'train_vit train_digits_encoder train_digits_encoder_labels train_aligned_flow',
     'how `encoder` finds weights: doors of its own in test_encoders.py': 'timm_name patch_side timm_vit few_words MissingWeights cached check_reachable no_answer',
-    'experiments, which chapter 03 runs by their names, and their parts': 'value_error judge_exact alignment_exact last_blocks drawn guided_fid look shrunk against at_step judge_faster judge_guided judge_alignment alignment judge_gain alignment_gain judge_settings alignment_settings judge_longer alignment_longer alignment_mnist',
+    'experiments, which chapter 03 runs by their names': 'alignment_exact alignment_tables alignment_mnist',
+    'their parts, which take a flow that was just trained, or results, and the configuration of the experiment': 'value_error table_rows chosen drawn shrunk drawn_fid noisy_test share_of read_digits glance at_best_w faster width',
+    'verdicts on their results': 'judge_exact against judge_r2 judge_r7 judge_r8 judge_r9 judge_r10 judge_r13 judge_r14 judge_tables',
+    'a schedule, which `fit` calls': 'steady',
 }
