@@ -708,7 +708,7 @@ LONG = dict(image_size=16, channels=64, patch_size=1, dim=64, blocks=6, layers=[
 
 # %% ../nbs/13_simflow.ipynb #1cca4286
 @experiment('simflow_guidance', claims=('S8', 'S9'), verdict=judge_simflow_guidance, seeds={'smoke': 1, 'laptop': 5, 'gpu': 5},
-            title="STARFlow's guidance alone and with Eq. 6: FID over w, best against best, and the time",
+            title="STARFlow's guidance alone and with Eq. 6: FID over w, best against best, and the time", clock=('seconds',),
             config={'smoke': {**DIGITS, 'steps': 3, 'samples': 20, 'ws': [0., 1.], 'gammas': ['0', '0.25'], 'batches': [1], 'rounds': 1,
                               'long': {**LONG, 'image_size': [64, 4], 'channels': 2, 'dim': 16, 'head_dim': 8, 'blocks': 2, 'layers': [1, 1]}, 'long_batches': [1]},
                     'laptop': {**DIGITS, 'steps': 600, 'samples': 1000, 'ws': [0., .25, .5, 1., 2., 4.], 'gammas': ['0', '0.25', '0.5'],

@@ -277,7 +277,7 @@ def judge_demo(results):                 # what `demo_experiment` returned, seed
     reason = f'agreement of the judge {s}; promised: a mean of 0.9, none under 0.87'
     return {'the main job': Verdict(state, reason)}
 
-@experiment('demo', claims=('the main job',), title='flowbook_demo draws digits that a classifier recognises',
+@experiment('demo', claims=('the main job',), title='flowbook_demo draws digits that a classifier recognises', clock=('seconds',),
             verdict=judge_demo, seeds={'smoke': 1, 'laptop': 3}, config={'smoke': {'steps': 20}, 'laptop': {'steps': 1000}})
 def demo_experiment(seed, budget):
     "The demonstration at one seed: agreement, metrics, bits/dim and seconds."
