@@ -218,7 +218,7 @@ class Experiment:
 
 # %% ../nbs/03_evidence.ipynb #a757b38d
 EXPERIMENTS = {}
-CHAPTERS = 'evidence', 'denoise', 'guidance', 'classify', 'repa', 'latent', 'simflow', 'scripts.demo'  # the modules that register experiments
+CHAPTERS = 'evidence', 'denoise', 'guidance', 'classify', 'repa', 'latent', 'simflow', 'sit', 'scripts.demo'  # the modules that register experiments
 
 def experiment(name:str, claims:tuple=(), title:str='',
                seeds:dict=None,     # budget -> how many seeds, for instance {'smoke': 1, 'laptop': 3}
