@@ -6,7 +6,7 @@
 __all__ = ['XL', 'DIGITS_SIT', 'line', 'ode', 'TimeEmbedding', 'Sit', 'Drawn', 'SimDiffusion', 'paper_diffusion', 'guided',
            'Velocity', 'velocity_terms', 'train_sit', 'judge_diffusion', 'diffusion_joint']
 
-# %% ../nbs/13_sit.ipynb #9e73f7a8
+# %% ../nbs/13_sit.ipynb #67dc1af9
 import math
 from typing import NamedTuple
 import torch
@@ -18,18 +18,18 @@ from .flows import Pretrained, check_generator, check_module, count_and_labels, 
 from .metrics import collect
 from .repa import few_words, shrunk
 from .simflow import (AdaLayer, DIGITS, DrawNoise, FlowNLL, Joint, Modulation, NullEmbedding, PAPER, SimFlow, VAE, VARIANTS, Variant,
-                              freeze, judged_samples, look, modulate, psnr, share_of, terms_of)
+                              check_image, freeze, judged_samples, look, modulate, psnr, share_of, terms_of)
 from .train import DropLabels, ema, fit
 
 # %% ../nbs/13_sit.ipynb #e438a024
 # Axis legend of this module: b batch, d u v latent (its width, its places down and across), N = d u v, n tokens, c h w image, l layer; `dim` is the width of the Transformer.
 # `t` is a time here, not a block: 0 is data, 1 is noise. `sigma` is, as everywhere, the standard deviation of the noise that the posterior adds.
 
-# %% ../nbs/13_sit.ipynb #06c85c1e
+# %% ../nbs/13_sit.ipynb #c1664b6f
 def line(x:Tensor, e:Tensor,             # (b, ...) data and noise
          t:Tensor) -> tuple:             # (b,) times -> x_t, and the velocity e - x
     "The point at time t on the straight line from data to noise, and how fast it moves. SiT, linear interpolant."
-    if check_tensor('x', x, 'b ...').shape != check_tensor('e', e, 'b ...').shape: raise ValueError(f'e: shape {tuple(e.shape)} came for data of shape {tuple(x.shape)}, must be equal')
+    if check_tensor('x', x, 'b ...').shape != check_tensor('e', e, 'b ...').shape: raise ValueError(f'x, e: shapes {tuple(x.shape)}, {tuple(e.shape)} came, must be equal')
     t = check_tensor('t', t, f'{len(x)}').view(-1, *[1] * (x.dim() - 1))
     return (1 - t) * x + t * e, e - x
 
@@ -89,7 +89,7 @@ class Sit(nn.Module, Pretrained):
 # %% ../nbs/13_sit.ipynb #8f6c2817
 XL = dict(dim=1152, layers=28, head_dim=72)                                      # SiT-XL: 675M parameters, as SimFlow's Table 1 prints
 
-# %% ../nbs/13_sit.ipynb #4fb7fda8
+# %% ../nbs/13_sit.ipynb #62fc0527
 class Drawn(NamedTuple):
     "A `Latent`, and what the line to noise needs."
     mu: Tensor                           # (b, d, u, v)
@@ -114,8 +114,9 @@ class SimDiffusion(SimFlow):
     def draws(self): return self.posterior.draws(self.N) + self.N + 1            # numbers a sample, for `DrawNoise`
 
     def latent(self, image:Tensor, e=None) -> Drawn: # e (b, draws): standard normal; None: drawn here
+        check_image(self, image)
         k = self.posterior.draws(self.N)
-        if e is None: e = torch.randn(len(check_tensor('image', image, 'b c h w')), self.draws, dtype=image.dtype).to(image.device)
+        if e is None: e = torch.randn(len(image), self.draws, dtype=image.dtype).to(image.device)
         elif not isinstance(e, Tensor) or not e.is_floating_point() or tuple(e.shape) != (len(image), self.draws):
             raise ValueError(f'e: {getattr(e, "dtype", type(e).__name__)} of shape {tuple(getattr(e, "shape", ()))} came; posterior and line draw ({len(image)}, {self.draws}) numbers here')
         found = super().latent(image, e[:, :k])
@@ -125,12 +126,15 @@ class SimDiffusion(SimFlow):
     @torch.no_grad()
     def measure_unit(self, image:Tensor) -> None:
         "From now on latents are divided by their standard deviation over these images."
+        check_image(self, image)
+        if not len(image): raise ValueError('image: none came, must be one or more')
         self.unit.copy_(self.latent(image).x.std())
 
     def sample(self, y_or_n, w:float=0., steps:int=20, heun:bool=True, generator=None, batch_size:int=None, decode:bool=True) -> Tensor: # False: the latents
         "Noise, followed along the velocity v_y + w (v_y - v_none) to data, decoded."
         n, y = count_and_labels(self.flow, y_or_n, 'y_or_n')
         check_number('w', w); check_generator(generator); check_choice('decode', decode, (True, False))
+        if w and y is None: raise ValueError(f'y_or_n: {y_or_n!r} with w {w}; guidance needs labels, one a sample')
         size, like, parts = max(n, 1) if batch_size is None else check_whole('batch_size', batch_size), self.flow.pos_embed, []
         velocity, go = guided(self.flow, w), torch.no_grad()
         for first in range(0, n, size):
