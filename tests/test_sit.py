@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from flowbook.data import batches, load
-from flowbook.evidence import as_json
+from flowbook.evidence import as_json, EXPERIMENTS, refuse_nan
 from flowbook.flows import shake
-from flowbook.sit import DIGITS_SIT, guided, line, ode, paper_diffusion, SimDiffusion, Sit, train_sit, Velocity, velocity_terms, XL
+from flowbook.sit import diffusion_joint, DIGITS_SIT, guided, judge_diffusion, line, ode, paper_diffusion, SimDiffusion, Sit, train_sit, Velocity, velocity_terms, XL
 from flowbook.simflow import Additive, DrawNoise, Entropy, FlowNLL, freeze, Joint, Learned, Mean, Reconstruction, SimFlow, Unperturbed, VARIANTS
 from flowbook.train import fit
 
@@ -315,3 +315,32 @@ def test_it_collapses_without_noise_and_not_with_it():
     end = {name: list(train_sit({**DIGITS_SIT, 'variant': name, 'steps': 120, 'average': 0.}, every=120))[-1][0] for name in ('learned, no entropy', 'fixed')}
     assert end['learned, no entropy']['velocity'] < .6 and end['learned, no entropy']['sigma'] < .3
     assert end['fixed']['velocity'] > .97 * math.pi / 4 and abs(end['fixed']['sigma'] - .5) < .01
+
+
+# ---- the experiment
+
+def test_the_gpu_budget_runs_in_small(monkeypatch):
+    "MNIST at 28x28 through the same function: every shape, and the way back to 8x8."
+    e = EXPERIMENTS['diffusion_joint']
+    c = {**e.config['gpu'], 'device': 'cpu', 'steps': 2, 'before': 2, 'every': 1, 'batch_size': 4, 'samples': 12, 'digits': 6, 'ode': 1, 'variants': ['fixed', 'frozen vae, learned', 'none']}
+    c['flow'] = {**c['flow'], 'dim': 16, 'layers': 1, 'head_dim': 8}
+    monkeypatch.setitem(e.config, 'gpu', c)
+    out = diffusion_joint(0, 'gpu')
+    refuse_nan(out, 'out')
+    assert set(out) == set(c['variants']) and all(len(v['step']) == 3 and len(v['pictures']) == 10 and len(v['pictures'][0]) == 64 for v in out.values())
+
+
+def fake(fid, frozen, share, control):
+    row = lambda fid, share: {'fid': fid, 'spread': [2., 2 * share], 'reconstruction': 20.}
+    return {'fixed': row(fid, share), 'frozen vae, learned': row(frozen, 1.), 'frozen vae, fixed, norm': row(fid + 1, 1.), 'learned, no entropy': row(300., control)}
+
+
+@pytest.mark.parametrize('change, state', [({}, 'seen'), ({'fid': 30.}, 'reversed'), ({'share': .05}, 'reversed'), ({'control': .5}, 'reversed')], ids=['as claimed', 'frozen is better', 'it collapses', 'the control does not'])
+def test_the_verdict_looks_at_all_three(change, state):
+    results = [fake(**{**dict(fid=10., frozen=20., share=.5, control=.01), **change}) for _ in range(3)]
+    for i, r in enumerate(results):
+        for v in r.values(): v['fid'] += .1 * i; v['spread'][1] *= 1 + .01 * i
+    results[1]['fixed']['fid'] += .05
+    verdict = judge_diffusion(results)['S14']
+    assert verdict.state == state, verdict
+    assert 'frozen vae, fixed, norm' in verdict.reason and 'PSNR' in verdict.reason
