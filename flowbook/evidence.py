@@ -220,7 +220,7 @@ class Experiment:
 
 # %% ../nbs/03_evidence.ipynb #ac8c4ee7
 EXPERIMENTS = {}
-CHAPTERS = 'evidence', 'tarflow', 'denoise', 'guidance', 'classify', 'repa', 'latent', 'simflow', 'variants', 'scripts.demo', 'scripts.bench'  # the modules that register experiments
+CHAPTERS = 'evidence', 'tarflow', 'denoise', 'guidance', 'classify', 'repa', 'latent', 'simflow', 'variants', 'sit', 'scripts.demo', 'scripts.bench'  # the modules that register experiments
 
 def experiment(name:str, claims:tuple=(), title:str='',
                seeds:dict=None,     # budget -> how many seeds, for instance {'smoke': 1, 'laptop': 3}
