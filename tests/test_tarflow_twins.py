@@ -1,7 +1,7 @@
 """The ablations of TARFlow (T14, T15, T16): experiments run, and their verdicts can come out each way."""
 import pytest
-import torch
 
+from flowbook.data import DATASETS, InMemory, load
 from flowbook.evidence import EXPERIMENTS, refuse_nan, registry, run, verdicts
 from flowbook.tarflow import by_shape, judge_shapes, judge_variants
 
@@ -26,6 +26,9 @@ def test_the_gpu_budget_runs_when_it_is_made_small(name, less, monkeypatch):
     e = EXPERIMENTS[name]
     c = e.config['gpu']
     assert c['device'] == 'cuda' and c['data'] == 'mnist5k' and e.seeds['gpu'] >= 3
+    whole = {split: load('mnist5k', split) for split in ('train', 'test')}
+    few = {k: InMemory(d.images[:100], d.labels[:100], d.classes, d.levels) for k, d in whole.items()}
+    monkeypatch.setitem(DATASETS, 'mnist5k', lambda split, *more: few[split])
     monkeypatch.setitem(e.config, 'gpu', {**c, **TINY, **less, 'model': {**c['model'], 'patch_size': 14, 'dim': 8, 'head_dim': 4, 'blocks': 2, 'layers': 1}})
     result = e.function(0, 'gpu')
     refuse_nan(result, name)
