@@ -217,13 +217,13 @@ def judge_diffusion(results):
     v = all_of(better, stays, falls)
     return {'S14': Verdict(v.state, f'{v.reason}; not judged: {"; ".join(beside)}; PSNR in dB: {db}')}
 
-# %% ../nbs/13_sit.ipynb #5d03aa5d
+# %% ../nbs/13_sit.ipynb #f8268efb
 @experiment('diffusion_joint', claims=('S14',), verdict=judge_diffusion, seeds={'smoke': 1, 'laptop': 3, 'gpu': 5},
             title='VAE and SiT on digits: jointly with fixed variance, behind frozen VAEs, and jointly without it: FID, agreement, PSNR, spread of mu',
             config={'smoke': {**DIGITS_SIT, 'steps': 2, 'before': 2, 'every': 1, 'samples': 20, 'digits': 20, 'ode': 2, 'variants': ['fixed, no norm', 'frozen vae, learned', 'frozen vae, fixed, norm', 'learned, no entropy']},
                     'laptop': {**DIGITS_SIT, 'every': 150, 'samples': 500, 'digits': 360, 'ode': 16, 'variants': ['fixed, no norm', 'frozen vae, learned', 'frozen vae, fixed, norm', 'learned, no entropy']},
                     # MNIST at 28x28, 7x7 tokens of width 32
-                    'gpu': {**DIGITS_SIT, 'device': 'cuda', 'data': 'mnist5k', 'steps': 10_000, 'before': 5_000, 'lr': 5e-4, 'batch_size': 256, 'average': .999, 'every': 500, 'samples': 4000, 'digits': 1000, 'ode': 50,
+                    'gpu': {**DIGITS_SIT, 'device': 'cuda', 'data': 'mnist5k', 'steps': 6000, 'before': 3000, 'lr': 5e-4, 'batch_size': 256, 'average': .999, 'every': 500, 'samples': 4000, 'digits': 1000, 'ode': 50,
                             'vae': {**DIGITS['vae'], 'latent_channels': 32, 'block_out_channels': (32, 64, 64), 'down_block_types': ('DownEncoderBlock2D',) * 3, 'up_block_types': ('UpDecoderBlock2D',) * 3},
                             'flow': dict(image_size=7, channels=32, patch_size=1, dim=384, layers=8, head_dim=64, classes=10),
                             'variants': ['fixed, no norm', 'frozen vae, learned', 'frozen vae, fixed, norm', 'learned, no entropy', 'fixed']}})
