@@ -24,7 +24,7 @@ def test_modules_import_alone():
     r = run('''
 import os, torch
 for name in ('tarflow', 'flows', 'data', 'train', 'metrics', 'evidence', 'noise', 'denoise', 'guidance', 'sampling', 'classify', 'repa', 'latent', 'simflow',
-             'configs', 'recipe', 'checkpoint', 'loader', 'monitor', 'plan', 'scale', 'faults', 'explore', 'claims', 'no_such_module'):
+             'configs', 'recipe', 'checkpoint', 'loader', 'monitor', 'plan', 'scale', 'faults', 'explore', 'variants', 'sit', 'claims', 'no_such_module'):
     if not (child := os.fork()):
         try: __import__(f'flowbook.{name}')
         except BaseException as e: print(name, type(e).__name__, e, flush=True); os._exit(1)
