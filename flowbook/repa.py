@@ -832,12 +832,12 @@ def at_best_w(flow:TarFlow, c:dict, seed:int, reference) -> dict:
     best, free = (drawn_fid(flow, c['samples'], c, seed + OTHER, reference, v) for v in (w, 0.))
     return {'w': w, 'fid': best['fid'], 'sfid': best['sfid'], 'free_fid': free['fid'], 'free_sfid': free['sfid']}
 
-# %% ../nbs/11_repa.ipynb #eda2cd06
+# %% ../nbs/11_repa.ipynb #e3ebec26
 WORDS = {'fid': 'FID', 'sfid': 'sFID', 'one': 'error of one gradient'}
 
 def against(rows, a:str, b:str, what:str='fid', steps:int=None): # rows: one a seed, name -> what -> number
     "The verdict on the claim that a row has the lower FID or sFID, or makes fewer errors, than another."
-    value = lambda r: 1 - r['one'] if what == 'one' else r[what]
+    value = lambda r: round(1 - r['one'], 9) if what == 'one' else r[what]
     return lower([value(r[a]) for r in rows], [value(r[b]) for r in rows], (f'{WORDS[what]}: {a}', b), steps=steps)
 
 def judge_r7(rows, less):
@@ -914,7 +914,7 @@ def judge_tables(results):
     return {'R2': judge_r2(results), 'R7': judge_r7(rows, less), 'R8': judge_r8(rows, less), 'R9': judge_r9(results, less),
             'R10': judge_r10(results, less), 'R13': judge_r13(rows, less), 'R14': judge_r14(rows, less)}
 
-# %% ../nbs/11_repa.ipynb #8e24c69b
+# %% ../nbs/11_repa.ipynb #edffc1f5
 @experiment('alignment_tables', claims=('R2', 'R7', 'R8', 'R9', 'R10', 'R13', 'R14'), verdict=judge_tables, seeds={'smoke': 1, 'laptop': 5, 'gpu': 5},
             title='the tables of R-REPA: strategies, places, layers, encoders and weight; convergence, guidance and probes',
             config={'smoke': {**SMALL, **ROWS, 'steps': 2, 'every': 1, 'tried': 20, 'samples': 30, 'digits': 10, 'ws': [0., 1.], 'w': 1.},
@@ -922,7 +922,7 @@ def judge_tables(results):
                     # one GPU: 64 tokens, 8 blocks of 4 layers, the paper's places; the schedule and the rows are the laptop's
                     'gpu': {**SMALL, **ROWS, 'device': 'cuda', 'model': {**SMALL['model'], 'patch_size': 1, 'dim': 128, 'blocks': 8, 'layers': 4, 'head_dim': 32},
                             'places': {'first': [1, 2], 'last': [7, 8], 'all': list(range(1, 9))}, 'how': {**ROWS['how'], 'blocks': [7, 8], 'hidden': 512}, 'unrolls': [4],
-                            'batch_size': 64, 'lr': 3e-3, 'average': .99, 'steps': 1500, 'every': 250, 'tried': 1000, 'samples': 4000,
+                            'batch_size': 64, 'lr': 3e-3, 'average': .99, 'steps': 1500, 'every': 250, 'tried': 1000, 'samples': 2000,
                             'ws': [0., .5, 1., 1.5, 2., 3., 4.], 'w': 1.}})
 def alignment_tables(seed, budget):
     "R2, R7, R8, R9, R10, R13, R14: one sweep of trainings, from the same start and on the same batches."
