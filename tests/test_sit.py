@@ -97,9 +97,9 @@ def test_a_trained_network_finds_the_closed_velocity():
     torch.manual_seed(0)
     m, s, sit = .5, .5, Sit(2, 1, 2, 32, 1, 32)
     opt = torch.optim.Adam(sit.parameters(), 5e-3)
-    schedule, g = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 600), torch.Generator().manual_seed(0)
-    for _ in range(600):
-        x, e, t = m + s * torch.randn(512, 1, 2, 2, generator=g), torch.randn(512, 1, 2, 2, generator=g), torch.rand(512, generator=g)
+    schedule, g = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 300), torch.Generator().manual_seed(0)
+    for _ in range(300):
+        x, e, t = m + s * torch.randn(256, 1, 2, 2, generator=g), torch.randn(256, 1, 2, 2, generator=g), torch.rand(256, generator=g)
         xt, v = line(x, e, t)
         opt.zero_grad(); (sit(xt, t) - v).square().mean().backward(); opt.step(); schedule.step()
     with torch.no_grad():
@@ -255,7 +255,7 @@ def test_unit():
 
 
 def test_training_is_reproducible_and_the_loss_falls():
-    run = lambda: [(logs.get('velocity'), logs.get('rec')) for logs, _ in train_sit({**TINY, 'steps': 60, 'batch_size': 32}, every=20)]
+    run = lambda: [(logs.get('velocity'), logs.get('rec')) for logs, _ in train_sit({**TINY, 'steps': 40, 'batch_size': 16}, every=20)]
     one = run()
     assert one == run() and one[-1][0] < one[1][0] and one[-1][1] < one[1][1]
 
@@ -311,9 +311,9 @@ def test_a_fixed_variance_has_a_floor(s):
 
 
 def test_it_collapses_without_noise_and_not_with_it():
-    "A hundred steps from the same start: the learned variance shrinks everything, the fixed one keeps its noise, and its loss the floor."
-    c = {**TINY, 'flow': {**TINY['flow'], 'dim': 32}, 'steps': 100, 'batch_size': 64, 'average': 0.}
-    end = {name: list(train_sit({**c, 'variant': name}, every=50))[-1][0] for name in ('learned, no entropy', 'fixed')}
+    "Eighty steps from the same start: the learned variance shrinks everything, the fixed one keeps its noise, and its loss the floor."
+    c = {**TINY, 'flow': {**TINY['flow'], 'dim': 32}, 'steps': 80, 'batch_size': 32, 'average': 0.}
+    end = {name: list(train_sit({**c, 'variant': name}, every=20))[-1][0] for name in ('learned, no entropy', 'fixed')}
     assert end['learned, no entropy']['velocity'] < .6 and end['learned, no entropy']['sigma'] < .3
     assert end['fixed']['velocity'] > .97 * math.pi / 4 and abs(end['fixed']['sigma'] - .5) < .01
 
