@@ -319,7 +319,7 @@ def test_it_collapses_without_noise_and_not_with_it():
 
 
 # ---- the experiment
-
+@pytest.mark.slow
 def test_the_gpu_budget_runs_in_small(monkeypatch):
     "MNIST at 28x28 through the same function: every shape, and the way back to 8x8."
     e = EXPERIMENTS['diffusion_joint']

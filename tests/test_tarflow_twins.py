@@ -21,6 +21,7 @@ TINY = {'device': 'cpu', 'steps': 2, 'samples': 20, 'batch_size': 8}
 @pytest.mark.parametrize('name,less', [
     ('tarflow_variants', {'ws': [.5]}), ('shape_sweep', {'shapes': [[1, 2], [2, 1]]}), ('guidance_sweep', {'ws': [.5], 'taus': [2.]}),
     ('noise_sweep', {'noises': ['uniform', '0.1'], 'points': 1, 'looks': 2})])
+@pytest.mark.slow
 def test_the_gpu_budget_runs_when_it_is_made_small(name, less, monkeypatch):
     "The larger configuration through the same function, on the CPU: other images, other sizes."
     e = EXPERIMENTS[name]
