@@ -188,7 +188,7 @@ def ledger(out=None, # folder of the result files; None: nbs/results of the chec
     "Every claim, judged from the result files that are there now."
     return {k: row(c, out) for k, c in CLAIMS.items()}
 
-# %% ../nbs/18_claims.ipynb #5c55d275
+# %% ../nbs/18_claims.ipynb #6ec8cdd5
 def counts(rows:dict) -> dict: # ledger() -> paper -> state -> how many
     "How many claims of each paper are in each state."
     states = [s for s in (*STATES, *MORE) if any(r.state == s for r in rows.values())]
@@ -206,7 +206,7 @@ def counts_table(rows:dict) -> str:
 
 def parts(reason:str) -> list:
     "The sentences of a reason that `all_of` has joined."
-    return re.split(r'; (?!with this spread|\d+ seeds?[: ]|no spread)', reason)
+    return re.split(r'; (?!with this spread|\d+ seeds?[:, ]|no spread)', reason)
 
 def telling(r) -> tuple: # a Reading -> (the part that decides its state, the others)
     "What is not seen, or reversed, is said first; otherwise the first part."
