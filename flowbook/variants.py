@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FROZEN', 'SWEPT', 'TINY', 'BIG', 'ROWS', 'NOISES', 'WIDTHS', 'POSITIONS', 'ALIGNED_AT', 'measured_with', 'measured',
-           'swept', 'smaller', 'column', 'fid_smaller', 'judge_variants', 'wide', 'simflow_variants', 'channel_bits',
-           'moderate', 'judge_sigma', 'at_sigma', 'simflow_sigma', 'beta_at', 'judge_width', 'simflow_width',
-           'judge_position', 'aligned_term', 'simflow_position']
+           'swept', 'smaller', 'column', 'fid_smaller', 'judge_variants', 'wide', 'simflow_variants', 'simflow_weight',
+           'channel_bits', 'moderate', 'judge_sigma', 'at_sigma', 'simflow_sigma', 'beta_at', 'judge_width',
+           'simflow_width', 'judge_position', 'aligned_term', 'simflow_position']
 
 # %% ../nbs/13_variants.ipynb #5ca92b0a
 import math
@@ -103,6 +103,14 @@ def simflow_variants(seed, budget):
     "S13, S16: the rows of Table 10 and two more."
     c = EXPERIMENTS['simflow_variants'].config[budget]
     return swept(c, seed, {name: {'variant': name} for name in c['rows']})
+
+# %% ../nbs/13_variants.ipynb #55414df3
+@experiment('simflow_weight', seeds={'smoke': 1, 'laptop': 3, 'gpu': 3}, title='end to end with the fixed variance, by the weight of the reconstruction: a control for S13, judged by none',
+            config={'smoke': {**TINY, 'weights': [2.]}, 'laptop': {**SWEPT, 'weights': [2., 4., 8.]}, 'gpu': {**BIG, 'weights': [.5, 2., 4., 8.]}})
+def simflow_weight(seed, budget):
+    "Seeds, batches and steps as in `simflow_variants`, whose row 'fixed' is weight 1."
+    c = EXPERIMENTS['simflow_weight'].config[budget]
+    return swept(c, seed, {f'{w:g}': {'weight': w} for w in c['weights']})
 
 # %% ../nbs/13_variants.ipynb #387cca5c
 def channel_bits(sigma:float, power:float=1.) -> float: # standard deviation of the noise; mean square of a latent number

@@ -10,7 +10,7 @@ from flowbook.simflow import DIGITS, MNIST, FlowNLL, judge_of, training
 from flowbook.variants import (POSITIONS, ROWS, TINY, aligned_term, at_sigma, beta_at, channel_bits, fid_smaller, judge_position, judge_sigma, judge_variants, judge_width,
                                measured, moderate, smaller, swept, wide)
 
-NAMES = 'simflow_variants', 'simflow_sigma', 'simflow_width', 'simflow_position'
+NAMES = 'simflow_variants', 'simflow_weight', 'simflow_sigma', 'simflow_width', 'simflow_position'
 SMALL_VAE = {**DIGITS['vae'], 'latent_channels': 16, 'block_out_channels': (8, 8)}
 SMALL = {**TINY, 'vae': SMALL_VAE, 'flow': {**TINY['flow'], 'dim': 16, 'head_dim': 8}, 'batch_size': 8}
 
@@ -25,7 +25,7 @@ def test_smoke(name, tmp_path):
     assert run(name, 'smoke', out=tmp_path / 'again')['runs'][0]['result'] == record['runs'][0]['result']
 
 
-FEW = dict(rows=['fixed', 'frozen encoder, noise'], sigmas=['0.1', '0.5'], widths=[8, 16], variants=['vae, fixed', 'fixed'], heavy=[], every=1, ws=[1.], noises=['0', '1'], batches=[1], long_batches=[], rounds=1,
+FEW = dict(rows=['fixed', 'frozen encoder, noise'], sigmas=['0.1', '0.5'], weights=[2.], widths=[8, 16], variants=['vae, fixed', 'fixed'], heavy=[], every=1, ws=[1.], noises=['0', '1'], batches=[1], long_batches=[], rounds=1,
            steps=1, samples=20, digits=20, batch_size=4)
 
 
