@@ -17,6 +17,7 @@ SMALL = {**TINY, 'vae': SMALL_VAE, 'flow': {**TINY['flow'], 'dim': 16, 'head_dim
 
 # ---- every budget runs
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', NAMES)
 def test_smoke(name, tmp_path):
     record, e = run(name, 'smoke', out=tmp_path), EXPERIMENTS[name]
@@ -29,6 +30,7 @@ FEW = dict(rows=['fixed', 'frozen encoder, noise'], sigmas=['0.1', '0.5'], weigh
            steps=1, samples=20, digits=20, batch_size=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', [*NAMES, 'simflow_collapse', 'simflow_guidance', 'simflow_robust', 'latent_two_step'])
 def test_the_gpu_budget_runs_small_on_a_cpu(name, monkeypatch):
     e = find(name)
