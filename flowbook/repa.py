@@ -858,7 +858,7 @@ def judge_r14(rows, less):
     "Table 9: a weight of 0.1 is better than one of 0.5."
     return less('lambda 0.1', chosen(rows[0]))
 
-# %% ../nbs/11_repa.ipynb #067ebf24
+# %% ../nbs/11_repa.ipynb #b9227381
 def faster(plain:dict, aligned:dict, level) -> float: # {step: look} twice; look -> number that grows as a flow gets better
     "Steps of the plain flow over steps of the aligned one to the best level that both reach."
     def climb(looks):                    # the best so far, at every look
@@ -879,7 +879,7 @@ def judge_r9(results, less):
     for what, level in (('FID', lambda v: -math.log(v['fid'])), ('accuracy', lambda v: v['one'])):
         times = [faster(r['looks']['plain'], r['looks'][top], level) for r in results]
         v = lower([1.] * len(times), times, ('no gain', top))
-        out.append(Verdict(v.state, f'steps saved, to the same {what}: plain takes {summary(times)} times as many; {v.reason}'))
+        out.append(Verdict(v.state, f'steps saved, to the same {what}: plain takes {summary(times)} times as many: {v.reason}'))
     return all_of(*out, less(top, 'plain', 'one'))
 
 # %% ../nbs/11_repa.ipynb #fe4eec6b

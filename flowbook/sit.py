@@ -204,9 +204,9 @@ def _train_sit(c, data, seed, every, v):
     yield {'step': 0}, model.eval()
     yield from stage(velocity_terms(v, c['p'], c['weight']), c['steps'], c['average'])
 
-# %% ../nbs/13_sit.ipynb #5435971b
+# %% ../nbs/13_sit.ipynb #b4262a10
 def judge_diffusion(results):
-    "The verdict on S14, written before the runs: FID of joint below frozen, as in Table 7; the spread of mu keeps a tenth of its start (chapter 13's bound); where the variance is learned, it is under a tenth of that."
+    "The verdict on S14, written before the runs: FID of joint below frozen, as in Table 7; the spread of mu keeps a tenth of its start (chapter 13's bound); where the variance is learned, it ends under a tenth of the joint row's."
     get = lambda name, k: [r[name][k] for r in results]
     spread, n, joint, frozen, control = (lambda name: [r[name]['spread'][-1] for r in results]), len(results), 'fixed, no norm', 'frozen vae, learned', 'learned, no entropy'
     better = lower(get(joint, 'fid'), get(frozen, 'fid'), ('FID of samples, VAE and SiT joint with fixed variance', 'behind a frozen VAE'))

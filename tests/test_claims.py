@@ -120,7 +120,7 @@ def test_text_and_pages():
 def test_every_correction_has_its_computation():
     found = C.corrections(ROWS, RESULTS)
     assert list(found) == [f'E{k}' for k in range(1, 21)] and set(CORRECTIONS) <= set(found)
-    assert all(re.search(r'\d', s) for s in found.values())
+    assert all(re.search(r'\d', s) for k, s in found.items() if k != 'E19') and ROWS['S15'].state in found['E19']
 
 
 def test_a_correction_follows_the_published_figures(monkeypatch):
