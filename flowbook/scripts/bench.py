@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MODELS', 'TRAINING', 'ALIGNING', 'SOLVERS', 'TABLE_5', 'once', 'race', 'ratio', 'peak_memory', 'matmul_rate',
            'operations', 'check_bench', 'bench_sampling', 'bench_training', 'bench_alignment', 'operations_of',
-           'bench_denoising', 'judge_costs', 'costs', 'parser', 'whole', 'pick_models', 'fresh', 'line', 'aligned_line',
-           'report', 'main', 'cli']
+           'bench_denoising', 'parser', 'whole', 'pick_models', 'fresh', 'line', 'aligned_line', 'report', 'main',
+           'judge_costs', 'costs', 'cli']
 
 # %% ../../nbs/16_bench.ipynb #4bf0b38b
 import argparse, copy, math, os, statistics, sys, time
@@ -183,50 +183,6 @@ def bench_denoising(flow:TarFlow, b:int, rounds:int=5, sigma:float=.1) -> dict:
     return {'counted': operations_of(back) / operations_of(runs['forward']), 'memory': memory[0] / memory[1], 'cpu': ratio(times, 'forward', 'denoise', 'cpu')['median'],
             'share of drawing': ratio(times, 'draw', 'denoise', 'cpu')['median']}
 
-# %% ../../nbs/16_bench.ipynb #3910370c
-TABLE_5 = {'forward': 2.11, 'detach': 1.93, 'reverse': 1.87}  # R-REPA: steps a second
-
-def judge_costs(results):
-    "The verdicts on T18, R5 and R6."
-    n, last = len(results), list(results[0]['sampling'])[-1]
-    get = lambda *keys: [_at(r, keys) for r in results]
-    ratios = ', '.join(f'{k} tokens {summary(get("sampling", k, "faster")).mean:.1f}' for k in results[0]['sampling'])
-    cached = lower(get('sampling', last, 'cached'), get('sampling', last, 'naive'), (f'seconds for {last} tokens with the cache', 'without'))
-    two = lower(get('denoising', 'counted'), [2.5] * n, ('forward passes that denoising takes, counted', 'the bound'))
-    t18 = all_of(cached, two)
-    memory = f'by time {summary(get("denoising", "cpu")).mean:.2f} forward passes, {summary(get("denoising", "memory")).mean:.1f} times the memory, {summary(get("denoising", "share of drawing")).mean:.1%} of the time of drawing'
-    over = lambda k, what='cpu_cost': [a / b for a, b in zip(get('alignment', k, what), get('alignment', 'forward', what))]
-    r6 = all_of(*(lower(over(k), [TABLE_5['forward'] / TABLE_5[k]] * n, (f'time of a step, {k} over forward', 'in Table 5')) for k in ('detach', 'reverse')))
-    plain = ', '.join(f'{k} {summary(get("alignment", k, "cpu_cost")).mean:.3f}' for k in ('forward', 'detach', 'reverse'))
-    r5 = all_of(*(lower(get('alignment', 'reverse', k), get('alignment', 'sequential', k), (f'{what}, cached', 'sequential'), unit)
-                  for k, what, unit in (('cpu_cost', 'time of an aligned step over a plain one', ''), ('megabytes', 'memory of an aligned step', 'MB'))))
-    return {'T18': Verdict(t18.state, f'times as fast with the cache: {ratios}; {t18.reason}; {memory}'),
-            'R5': r5, 'R6': Verdict(r6.state, f'{r6.reason}; over a plain step: {plain}')}
-
-def _at(d, keys):
-    for k in keys: d = d[k]
-    return d
-
-# %% ../../nbs/16_bench.ipynb #b680ef44
-@experiment('costs', claims=('T18', 'R5', 'R6'), verdict=judge_costs, seeds={'smoke': 1, 'laptop': 3, 'gpu': 3},
-            title='the time that a cache saves, that denoising takes, and that alignment adds', clock=('sampling', 'cpu', 'share of drawing', 'cpu_cost'),
-            config={'smoke': {'models': ['digits-0.1'], 'batch': 1, 'rounds': 1, 'size': '4,1,1,16,2,2', 'layer': 2, 'aligned batch': 1},
-                    'laptop': {'models': list(MODELS), 'batch': 4, 'rounds': 5, 'size': '8,1,1,128,8,8', 'layer': 2, 'aligned batch': 4},
-                    'gpu': {'models': list(MODELS), 'batch': 16, 'rounds': 5, 'size': '64,3,4,1024,8,8', 'layer': 2, 'aligned batch': 32, 'device': 'cuda'}})
-def costs(seed, budget):
-    "T18, R5, R6: samplers with and without a cache, denoising, and the aligned step of Table 5."
-    c = EXPERIMENTS['costs'].config[budget]
-    device, clock, sampling = c.get('device', 'cpu'), 'wall' if 'device' in c else 'cpu', {}
-    for name in c['models']:
-        flow = TarFlow.from_pretrained(name, device=device)
-        z, y = flow.draw(c['batch'], torch.Generator().manual_seed(seed)), (torch.arange(c['batch']) % flow.classes).to(device)
-        seconds = {'cached': race({'': lambda: invert(flow, z, y, None, 'sequential')}, c['rounds'], device)[''][clock]}
-        seconds = {'cached': statistics.median(seconds['cached']), 'naive': once(lambda: naive_inverse(flow, z, y), device)[clock]}
-        sampling[str(flow.z_shape[0])] = {**seconds, 'faster': seconds['naive'] / seconds['cached']}
-    aligned = bench_alignment(fresh(c['size'], device), c['aligned batch'], c['rounds'], c['layer'])['steps']
-    return {'sampling': sampling, 'denoising': bench_denoising(flow, c['batch'], c['rounds'], flow.card['sigma']),
-            'alignment': {k: {'cpu_cost': r['cost']['median'] if clock == 'wall' else r['cpu_cost'], 'counted': r['counted'], 'megabytes': r['memory'] / 1e6} for k, r in aligned.items()}}
-
 # %% ../../nbs/16_bench.ipynb #58d0cc59
 def parser() -> argparse.ArgumentParser:
     "The command line of `flowbook_bench`."
@@ -326,6 +282,50 @@ def main(argv=None) -> dict:
         write_atomic(file, out)
         print(f'written to {file}')
     return out
+
+# %% ../../nbs/16_bench.ipynb #3910370c
+TABLE_5 = {'forward': 2.11, 'detach': 1.93, 'reverse': 1.87}  # R-REPA: steps a second
+
+def judge_costs(results):
+    "The verdicts on T18, R5 and R6."
+    n, last = len(results), list(results[0]['sampling'])[-1]
+    get = lambda *keys: [_at(r, keys) for r in results]
+    ratios = ', '.join(f'{k} tokens {summary(get("sampling", k, "faster")).mean:.1f}' for k in results[0]['sampling'])
+    cached = lower(get('sampling', last, 'cached'), get('sampling', last, 'naive'), (f'seconds for {last} tokens with the cache', 'without'))
+    two = lower(get('denoising', 'counted'), [2.5] * n, ('forward passes that denoising takes, counted', 'the bound'))
+    t18 = all_of(cached, two)
+    memory = f'by time {summary(get("denoising", "cpu")).mean:.2f} forward passes, {summary(get("denoising", "memory")).mean:.1f} times the memory, {summary(get("denoising", "share of drawing")).mean:.1%} of the time of drawing'
+    over = lambda k, what='cpu_cost': [a / b for a, b in zip(get('alignment', k, what), get('alignment', 'forward', what))]
+    r6 = all_of(*(lower(over(k), [TABLE_5['forward'] / TABLE_5[k]] * n, (f'time of a step, {k} over forward', 'in Table 5')) for k in ('detach', 'reverse')))
+    plain = ', '.join(f'{k} {summary(get("alignment", k, "cpu_cost")).mean:.3f}' for k in ('forward', 'detach', 'reverse'))
+    r5 = all_of(*(lower(get('alignment', 'reverse', k), get('alignment', 'sequential', k), (f'{what}, cached', 'sequential'), unit)
+                  for k, what, unit in (('cpu_cost', 'time of an aligned step over a plain one', ''), ('megabytes', 'memory of an aligned step', 'MB'))))
+    return {'T18': Verdict(t18.state, f'times as fast with the cache: {ratios}; {t18.reason}; {memory}'),
+            'R5': r5, 'R6': Verdict(r6.state, f'{r6.reason}; over a plain step: {plain}')}
+
+def _at(d, keys):
+    for k in keys: d = d[k]
+    return d
+
+# %% ../../nbs/16_bench.ipynb #b680ef44
+@experiment('costs', claims=('T18', 'R5', 'R6'), verdict=judge_costs, seeds={'smoke': 1, 'laptop': 3, 'gpu': 3},
+            title='the time that a cache saves, that denoising takes, and that alignment adds', clock=('sampling', 'cpu', 'share of drawing', 'cpu_cost'),
+            config={'smoke': {'models': ['digits-0.1'], 'batch': 1, 'rounds': 1, 'size': '4,1,1,16,2,2', 'layer': 2, 'aligned batch': 1},
+                    'laptop': {'models': list(MODELS), 'batch': 4, 'rounds': 5, 'size': '8,1,1,128,8,8', 'layer': 2, 'aligned batch': 4},
+                    'gpu': {'models': list(MODELS), 'batch': 16, 'rounds': 5, 'size': '64,3,4,1024,8,8', 'layer': 2, 'aligned batch': 32, 'device': 'cuda'}})
+def costs(seed, budget):
+    "T18, R5, R6: samplers with and without a cache, denoising, and the aligned step of Table 5."
+    c = EXPERIMENTS['costs'].config[budget]
+    device, clock, sampling = c.get('device', 'cpu'), 'wall' if 'device' in c else 'cpu', {}
+    for name in c['models']:
+        flow = TarFlow.from_pretrained(name, device=device)
+        z, y = flow.draw(c['batch'], torch.Generator().manual_seed(seed)), (torch.arange(c['batch']) % flow.classes).to(device)
+        seconds = {'cached': race({'': lambda: invert(flow, z, y, None, 'sequential')}, c['rounds'], device)[''][clock]}
+        seconds = {'cached': statistics.median(seconds['cached']), 'naive': once(lambda: naive_inverse(flow, z, y), device)[clock]}
+        sampling[str(flow.z_shape[0])] = {**seconds, 'faster': seconds['naive'] / seconds['cached']}
+    aligned = bench_alignment(fresh(c['size'], device), c['aligned batch'], c['rounds'], c['layer'])['steps']
+    return {'sampling': sampling, 'denoising': bench_denoising(flow, c['batch'], c['rounds'], flow.card['sigma']),
+            'alignment': {k: {'cpu_cost': r['cost']['median'] if clock == 'wall' else r['cpu_cost'], 'counted': r['counted'], 'megabytes': r['memory'] / 1e6} for k, r in aligned.items()}}
 
 # %% ../../nbs/16_bench.ipynb #3c8dbfdb
 def cli() -> None: as_script(main, 'flowbook_bench')
