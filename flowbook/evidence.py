@@ -464,7 +464,7 @@ def verdicts(record:dict) -> dict: # {claim: Verdict}
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
         raise ValueError(f"record: the results of {record['experiment']!r} do not hold what its verdict reads ({type(e).__name__}: {e})") from None
 
-# %% ../nbs/03_evidence.ipynb #03216b8f
+# %% ../nbs/03_evidence.ipynb #538c7cf4
 def flat(result:dict, prefix:str='') -> dict:
     "The single numbers of a nested result, by dotted names; lists (curves) are left out."
     out = {}
@@ -478,7 +478,7 @@ class Again(NamedTuple):
     experiment: str
     seed: int
     same: int             # to the last bit
-    close: int            # to six digits
+    close: int            # to six digits, or both of the size of rounding errors
     within: int           # of the spread
     clock: int            # times, which are not compared
     outside: dict         # name -> (recorded, new, standard deviation over the seeds)
@@ -493,7 +493,7 @@ class Again(NamedTuple):
         return (f'{self.experiment}, seed {self.seed}: {"agrees" if self.agrees else "DISAGREES"}; {self.same} numbers equal to the last bit, '
                 f'{self.close} to six digits, {self.within} within the spread, {len(self.outside)} outside' + f'; {self.clock} are times' * bool(self.clock) + out)
 
-# %% ../nbs/03_evidence.ipynb #7be79496
+# %% ../nbs/03_evidence.ipynb #33824f71
 def compare_again(record:dict, seed:int, result:dict) -> Again: # result: of the same seed
     "Hold a new result of a recorded seed against its record."
     try: runs = {r['seed']: r['result'] for r in record['runs']}
@@ -509,7 +509,7 @@ def compare_again(record:dict, seed:int, result:dict) -> Again: # result: of the
         sd = min(summary([v, *rest]).sd for v in (a, b))     # one that is far off must not widen the spread it is measured by
         if clock & set(k.split('.')): tally['clock'] += 1
         elif a == b: tally['same'] += 1
-        elif math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9): tally['close'] += 1  # a rounding error of 1e-14 may well be twice another
+        elif math.isclose(a, b, rel_tol=1e-6) or max(abs(a), abs(b)) < 1e-4: tally['close'] += 1 # a rounding error may well be twice another; the verdict knows its tolerance
         elif abs(a - b) <= 2 * sd: tally['within'] += 1
         else: outside[k] = a, b, sd
     was, now = (verdicts({**record, 'runs': [{'seed': s, 'result': r} for s, r in d.items()]}) for d in (runs, {**runs, seed: result}))

@@ -404,3 +404,14 @@ def test_more_processes_than_samples(tmp_path, monkeypatch):
     r = torchrun('flowbook.scripts.sample', *'digits-0.1 --samples 2 --device cpu --grid g.png'.split(), n=3)
     assert r.returncode == 0 and '2 samples' in r.stdout, r.stdout + r.stderr
     assert Path('g.png').exists()
+
+
+def test_what_was_lost_is_drawn_again_to_the_last_bit(tmp_path):
+    "In the batch that it was drawn in: alone it would be rounded otherwise."
+    line = ['digits-0.1', '--n', '13', '--out', str(tmp_path/'drawn'), '--tensors', 'images', '--batch-size', '4', '--device', 'cpu']
+    files = lambda: {f.relative_to(tmp_path): f.read_bytes() for f in sorted(tmp_path.rglob('*.safetensors'))}
+    sample.main(line)
+    whole = files()
+    for f in [f for k, f in enumerate(whole) if k % 3]: (tmp_path/f).unlink()
+    assert len(files()) < len(whole) == 13
+    assert sample.main(line)['drawn'] == 8 and files() == whole

@@ -295,7 +295,7 @@ def best_device(name:str) -> str:
     "'auto' is the GPU, where there is one."
     return name if name != 'auto' else 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
 
-# %% ../../nbs/16_sample.ipynb #5242e899
+# %% ../../nbs/16_sample.ipynb #db062540
 def main(argv=None) -> dict:
     """Draw images from a checkpoint; returns what was done.
 
@@ -336,18 +336,21 @@ All of them draw the same images; stopped, the same command goes on where it was
         return [i for i in range(a.n) if not place.done(i, folder(i))]
 
     todo, started, said = agreed(missing, a.n, rank, device), time.perf_counter(), time.perf_counter()
-    mine, kept, broken, done = todo[rank::ranks()], [], 0, 0
-    for index in mine.split(a.batch_size) if len(mine) else ():
+    mine, kept, broken, done = torch.arange(a.n)[rank::ranks()], [], 0, 0
+    ours = int(torch.isin(mine, todo).sum())
+    for index in mine.split(a.batch_size) if a.n else ():    # in the batches of a first run: another composition would round its last digits otherwise
+        new = torch.isin(index, todo)
+        if not new.any(): continue
         y = None if labels[0] is None else torch.tensor([labels[i % len(labels)] for i in index.tolist()])
         drawn = model.draw(index, y, way, a.seed, a.solver, noise, getattr(torch, a.dtype) if a.dtype != 'float32' else None)
-        broken += int((~drawn.latents.isfinite().flatten(1).all(1)).sum())
+        broken += int((~drawn.latents[new.to(drawn.latents.device)].isfinite().flatten(1).all(1)).sum())
         if a.out:
-            for k, i in enumerate(index.tolist()): place.put(i, folder(i), drawn, k)
+            for k in new.nonzero()[:, 0].tolist(): place.put(int(index[k]), folder(int(index[k])), drawn, k)
         else: kept.append(drawn.images.float())
-        done += len(index)
+        done += int(new.sum())
         if rank == 0 and time.perf_counter() - said > 30:
             said = time.perf_counter()
-            print(f'{done:,} of {len(mine):,} samples of rank 0, {ranks() * done / (said - started):.3g} a second on all {ranks()}', flush=True)
+            print(f'{done:,} of {ours:,} samples of rank 0, {ranks() * done / (said - started):.3g} a second on all {ranks()}', flush=True)
     counts = torch.tensor([broken], device=device if ranks() > 1 else 'cpu')
     if ranks() > 1: dist.all_reduce(counts)                 # and so all files are there
     if a.grid:
