@@ -219,15 +219,16 @@ class Shift:
 
     def __repr__(self): return f'Shift({self.pixels})'
 
-# %% ../nbs/06_noise.ipynb #5e27ea51
+# %% ../nbs/06_noise.ipynb #c9aad7f5
 def averaging(c:dict, data, transforms, seed:int, every:int, # c: model, classes, steps, lr, batch_size, average, weight_decay
-              objective=None):           # flow -> Objective; None: the likelihood
+              objective=None,            # flow -> Objective; None: the likelihood
+              **options):                # of `fit`, such as a schedule
     "Train a TarFlow as a recipe says; yields (step, the averaged flow so far) every so many steps."
     torch.manual_seed(seed)
     flow = TarFlow(**c['model'], classes=c['classes']).to(c.get('device', 'cpu'))
     mean, steps = ema(flow, c['average']), c['steps']
     stream = batches(data, c['batch_size'], seed=seed, transforms=list(transforms) + [DropLabels(.1)] * bool(c['classes']))
-    for log in fit(flow, stream, objective and objective(flow), steps=steps, lr=c['lr'], warmup=steps // 20, weight_decay=c['weight_decay'], ema=mean, every=every):
+    for log in fit(flow, stream, objective and objective(flow), steps=steps, lr=c['lr'], warmup=steps // 20, weight_decay=c['weight_decay'], ema=mean, every=every, **options):
         yield log['step'], mean.module.eval()
 
 # %% ../nbs/06_noise.ipynb #3f190239

@@ -18,7 +18,7 @@ __all__ = ['ENCODERS', 'DIGITS_ENCODERS', 'STRATEGIES', 'SCHEDULES', 'ALIGN', 'S
            'alignment_mnist', 'train_aligned_flow', 'timm_name', 'patch_side', 'timm_vit', 'few_words',
            'MissingWeights', 'cached', 'check_reachable', 'no_answer']
 
-# %% ../nbs/11_repa.ipynb #7e6a00e3
+# %% ../nbs/11_repa.ipynb #334ceb38
 import difflib, logging, math, threading
 from functools import lru_cache
 from pathlib import Path
@@ -33,10 +33,10 @@ from .evidence import EXPERIMENTS, Verdict, all_of, experiment, identity, lower,
 from .flows import Pretrained, affine, normal_log_prob, shake, unaffine
 from .guidance import ClassGuidance
 from .metrics import collect, evaluate
-from .noise import FLOWS, at_edge, with_card
+from .noise import FLOWS, at_edge, averaging, with_card
 from .sampling import sample
 from .tarflow import BlockFlow, TarBlock, TarFlow
-from .train import DropLabels, GaussianNoise, cosine, ema, fit, keyed_normal, keyed_uniform, to_bits
+from .train import GaussianNoise, cosine, fit, keyed_normal, keyed_uniform, to_bits
 
 # %% ../nbs/11_repa.ipynb #aacff06b
 # Axis legend of this module: b batch, n tokens (and patches), d numbers in a token, D width of the encoder, c h w image,
@@ -726,7 +726,7 @@ class Alignment(nn.Module):
         align = seen[0].detach()
         return {'loss': self.likelihood * nll + self.lam * align, 'nll': nll, 'align': align}
 
-# %% ../nbs/11_repa.ipynb #c0739e5f
+# %% ../nbs/11_repa.ipynb #f2d06d98
 STRATEGIES = {'forward': Forward, 'detach': Detach, 'reverse': Reverse, 'sequential': ReverseSequential}
 
 def steady(step:int, steps:int, warmup:int=0) -> float: # share of the learning rate
@@ -743,20 +743,16 @@ def train_aligned(c:dict, seed:int, how:dict=None, every:int=None): # c: see `av
     check_whole('seed', seed, 0)
     if every is not None: check_whole('every', every)
     if how is not None: check_choice('how, kind', how['kind'], STRATEGIES)
-    schedule, device = SCHEDULES[check_choice('c, schedule', c.get('schedule', 'cosine'), SCHEDULES)], check_device('c, device', c.get('device', 'cpu'))
+    schedule = SCHEDULES[check_choice('c, schedule', c.get('schedule', 'cosine'), SCHEDULES)]
+    check_device('c, device', c.get('device', 'cpu'))
     if c.get('shift'): raise ValueError('c: a recipe that shifts images needs features of the shifted ones, and these are looked up; leave shift out')
-    size, steps = c['model']['image_size'], c['steps']
-    data, transforms, objective = load(c['data'], image_size=size), [GaussianNoise(c['sigma'])] + [DropLabels(.1)] * bool(c['classes']), None
-    table = None if how is None else features_of(how['encoder'], c['data'], size, (size // c['model']['patch_size'],) * 2)
-    torch.manual_seed(seed)
-    flow = TarFlow(**c['model'], classes=c['classes']).to(device)
-    mean = ema(flow, c['average'])
+    size, every = c['model']['image_size'], c['steps'] if every is None else every
+    data, transforms, make = load(c['data'], image_size=size), [GaussianNoise(c['sigma'])], None
     if how is not None:
+        table = features_of(how['encoder'], c['data'], size, (size // c['model']['patch_size'],) * 2)
         strategy = STRATEGIES[how['kind']]([(t, how['layer']) for t in how['blocks']], **how.get('options', {}))
-        objective, transforms = Alignment(flow, strategy, table.shape[-1], how['lam'], how['hidden']), [Lookup(table), *transforms]
-    stream = batches(data, c['batch_size'], seed=seed, transforms=transforms)
-    for log in fit(flow, stream, objective, steps=steps, lr=c['lr'], schedule=schedule, warmup=steps // 20, weight_decay=c['weight_decay'], ema=mean, every=steps if every is None else every):
-        yield log['step'], mean.module.eval()
+        make, transforms = lambda flow: Alignment(flow, strategy, table.shape[-1], how['lam'], how['hidden']), [Lookup(table), *transforms]
+    yield from averaging(c, data, transforms, seed, every, make, schedule=schedule)
 
 @lru_cache(3)
 def features_of(name:str, dataset:str, size:int, grid:tuple) -> Tensor: # (samples, n, D)
