@@ -367,7 +367,8 @@ if os.environ.get('DIE') and os.environ['RANK'] == '1' and os.environ.get('TORCH
     import flowbook.scale as scale
     real = scale.Parallel.step
     def step(self, k):
-        if k == int(os.environ['DIE']): os.kill(os.getpid(), 9)
+        # a checkpoint is written behind the steps: before the first one is whole there is nothing to go on from
+        if k >= int(os.environ['DIE']) and os.path.exists(sys.argv[1] + '/checkpoints/latest'): os.kill(os.getpid(), 9)
         return real(self, k)
     scale.Parallel.step = step
 out = train(t.tiny(steps=int(os.environ['STEPS'])), sys.argv[1], every=1, save_every=2, keep=3, device='cpu', console=console, data=t.few(), tensorboard=False)
