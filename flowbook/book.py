@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'WARNING', 'LIVE', 'PREDICT', 'ROLES', 'NO_INPUT', 'BODY', 'PAGE', 'CSS_FRAME', 'CSS_TEXT', 'CSS_CODE',
-           'MATHJAX', 'MATHJAX_CONFIG', 'WEB', 'BADGES', 'INSTALL', 'QUARTO', 'RUFF', 'CHECKS', 'COMMANDS', 'as_path',
-           'book_root', 'settings', 'notebooks', 'nbdev', 'fold', 'tidy', 'fold_answers', 'read_notebook', 'is_off',
-           'run_notebook', 'check_paths', 'run', 'keep_directives', 'processed', 'for_reader', 'figure_title',
+           'MATHJAX', 'BLANK', 'MATHJAX_CONFIG', 'WEB', 'BADGES', 'INSTALL', 'QUARTO', 'RUFF', 'CHECKS', 'COMMANDS',
+           'as_path', 'book_root', 'settings', 'notebooks', 'nbdev', 'fold', 'tidy', 'fold_answers', 'read_notebook',
+           'is_off', 'run_notebook', 'check_paths', 'run', 'keep_directives', 'processed', 'for_reader', 'figure_title',
            'is_local', 'move_links', 'readme', 'readme_problems', 'stylesheet', 'copy_mathjax', 'Page', 'name_figures',
            'make_page', 'page_link', 'pages', 'PageReader', 'check_site', 'doors', 'with_doors', 'quarto_config',
            'dress', 'undressed', 'Exercise', 'cell_problems', 'exercises', 'attempt', 'Report', 'check_exercise',
@@ -346,7 +346,7 @@ main { grid-column: 2; grid-row: 1; max-width: 66rem; padding: 1.5rem 2.5rem 4re
   #contents { position: static; height: auto; border: 0; border-top: 1px solid var(--line); font-size: 1rem } }
 """
 
-# %% ../nbs/19_book.ipynb #e9f558eb
+# %% ../nbs/19_book.ipynb #97a8d50b
 CSS_TEXT = """
 a { color: var(--link); text-underline-offset: .15em }
 h1, h2, h3, h4 { line-height: 1.25; font-weight: 600; margin: 2.2em 0 .6em }
@@ -366,6 +366,7 @@ h1 + blockquote { font-size: 1.1rem; border: 0; padding: 0 }
 .rendered_html table { display: block; overflow-x: auto; border-collapse: collapse; font-size: .9rem; margin: 1em 0 }
 th, td { padding: .3em .8em; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
 .MathJax_Display { overflow-x: auto; overflow-y: hidden; padding: .2em 0 }
+.MJX_Assistive_MathML [mathvariant] { font-family: serif !important }   /* else fonts are asked for that nobody sees */
 """
 
 # %% ../nbs/19_book.ipynb #39cadbca
@@ -399,14 +400,15 @@ def stylesheet() -> str:
     return (CSS_FRAME + CSS_TEXT + CSS_CODE + tokens('default')
             + '\n@media (prefers-color-scheme: dark) {\n' + tokens('github-dark') + '\n}\n')
 
-# %% ../nbs/19_book.ipynb #859e5ff5
+# %% ../nbs/19_book.ipynb #b02e1759
 MATHJAX = ('MathJax.js', 'LICENSE', 'config/TeX-AMS-MML_HTMLorMML-full.js', 'extensions', 'jax/element',
            'jax/input', 'jax/output/HTML-CSS', 'fonts/HTML-CSS/STIX-Web', 'localization/en')
+BLANK = "local('serif')"      # MathJax's own is a font at about:blank, of which browsers complain on a page without a server
 MATHJAX_CONFIG = json.dumps({
     'tex2jax': {'inlineMath': [['$', '$'], ['\\(', '\\)']], 'displayMath': [['$$', '$$'], ['\\[', '\\]']],
                 'processEscapes': True, 'processEnvironments': True},
     'HTML-CSS': {'availableFonts': [], 'imageFont': None, 'preferredFont': None, 'webFont': 'STIX-Web',
-                 'scale': 95, 'styles': {'.MathJax_Display': {'margin': '0.6em 0'}},
+                 'scale': 95, 'styles': {'.MathJax_Display': {'margin': '0.6em 0'}, '@font-face': {'font-family': 'MathJax_Blank', 'src': BLANK}},
                  'linebreaks': {'automatic': True}},
     'messageStyle': 'none', 'showMathMenu': False})
 

@@ -221,23 +221,149 @@ def test_pages_command(make, monkeypatch, capsys):
     assert 'broken link: 02_missing.html' in out and 'broken resource: images/none.png' in out
     assert (root/'_site'/'01_x.html').is_file()
 
+@pytest.fixture
+def browser(tmp_path):
+    "Chromium without a window and without a network."
+    webdriver = pytest.importorskip('selenium.webdriver')
+    paths = [next(filter(None, map(shutil.which, names)), None) for names in (('chromium', 'chromium-browser', 'google-chrome'), ('chromedriver',))]
+    if None in paths: pytest.skip('no browser')
+    options = webdriver.ChromeOptions()
+    options.binary_location = paths[0]
+    for o in ('--headless', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', '--disable-background-networking', '--allow-file-access-from-files',
+              '--host-resolver-rules=MAP * ~NOTFOUND', '--window-size=1200,900', f'--user-data-dir={tmp_path}/profile'): options.add_argument(o)
+    options.set_capability('goog:loggingPrefs', {'browser': 'ALL'})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(paths[1]))
+    driver.set_script_timeout(120)
+    yield driver
+    driver.quit()
+
+TYPESET = """const done = arguments[0], end = Date.now() + 100000;
+const wait = () => { if (window.MathJax && MathJax.Hub && MathJax.isReady) MathJax.Hub.Queue(() => done('ready'));
+                     else if (Date.now() > end) done('MathJax is not there'); else setTimeout(wait, 50); }; wait();"""
+LOOK = """return {broken: [...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src.slice(-60)),
+ figures: document.images.length, maths: document.querySelectorAll('.MathJax').length,
+ bad: document.querySelectorAll('.MathJax_Error, .merror, .noError, .MathJax [style*="color: red"]').length, wide: document.documentElement.scrollWidth - innerWidth}"""
+
+def looked_at(driver, page, width=None):
+    "What a page shows once its maths is typeset, and what the console says."
+    if width: driver.set_window_size(width, 900)
+    driver.get(page.as_uri())
+    assert driver.execute_async_script(TYPESET) == 'ready', page.name
+    found = driver.execute_script(LOOK)
+    return {**found, 'console': [e['message'] for e in driver.get_log('browser') if e['level'] in ('SEVERE', 'WARNING')], 'html': driver.page_source}
+
+def prose(html): return re.sub(r'(?s)<(script|style|pre|code|title)\b.*?</\1>|<[^>]*>', '', html)
+
 @pytest.mark.slow
-def test_maths_is_typeset_in_a_browser(tmp_path):
-    "Every page of the book, opened in a browser without a network."
-    browser = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-    if browser is None: pytest.skip('no browser')
+def test_every_page_in_a_browser(tmp_path, browser):
+    "Every page of the book, without a network: every link and figure, the maths, and not a word on the console."
     site = book.pages(ROOT, tmp_path/'site')
     assert book.check_site(site) == []
-    options = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-background-networking', '--dump-dom',
-               '--virtual-time-budget=30000', '--host-resolver-rules=MAP * ~NOTFOUND']
-    prose = lambda html: re.sub(r'(?s)<(script|style|pre|code|title)\b.*?</\1>|<[^>]*>', '', html)
-    for i, page in enumerate(sorted(site.glob('*.html'))):
-        command = [browser, *options, f'--user-data-dir={tmp_path}/profile{i}', page.as_uri()]
-        dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
-        assert '</html>' in dom, f'{page.name}: the browser gave no page'
-        assert not re.search('class="(MathJax_Error|merror)"|Math Processing Error', dom), f'{page.name}: broken maths'
-        assert not re.search(r'\$\$|\\(frac|log|mathcal|mu|alpha)\b', prose(dom)), f'{page.name}: maths left as TeX'
-        if '$' in prose(page.read_text()): assert 'class="MathJax"' in dom, f'{page.name}: no maths was typeset'
+    for page in sorted(site.glob('*.html')):
+        seen = looked_at(browser, page)
+        assert seen['broken'] == [] and seen['console'] == [] and seen['bad'] == 0, (page.name, seen['broken'], seen['console'])
+        assert seen['figures'] == len(re.findall(r'<img\b', page.read_text())), page.name
+        assert not re.search(r'\$\$|\\(frac|log|mathcal|mu|alpha)\b', prose(seen['html'])), f'{page.name}: maths left as TeX'
+        if '$' in prose(page.read_text()): assert seen['maths'], f'{page.name}: no maths was typeset'
+        assert seen['wide'] <= 0, f'{page.name} is wider than the window'
+
+@pytest.mark.slow
+@pytest.mark.parametrize('change, seen', [(('square.png"', 'no.png"'), 'broken'), (('</main>', '<script>nosuch()</script></main>'), 'console'), (('$x^2$', '$\\frac$'), 'bad'), (('$x^2$', '$\\nosuch x$'), 'bad')])
+def test_the_browser_sees_what_is_broken(tmp_path, browser, site, change, seen):
+    site = Path(shutil.copytree(site, tmp_path/'broken'))
+    for page in site.glob('*.html'): page.write_text(page.read_text().replace(*change))
+    assert any(looked_at(browser, p)[seen] for p in site.glob('*.html'))
+
+
+# doors, folded answers, a class
+
+ASKED = [new_markdown_cell('> **Predict, then run.** How much?'), new_code_cell('x = 2'), new_code_cell('print(x)'), new_code_cell('print(x)')]
+
+def test_answers_are_folded_and_open_again(make):
+    root = make(**{'01_points': ['# P', *ASKED]})
+    path = root/'nbs'/'01_points.ipynb'
+    assert book.run([path]) == [] and book.undressed(root)                       # no badges yet
+    hidden = lambda: [bool(c.metadata.get('jupyter', {}).get('outputs_hidden')) for c in nbformat.read(path, 4).cells if c.source.startswith('print')]
+    assert hidden() == [True, False]
+    nb = nbformat.read(path, 4); nb.cells = [c for c in nb.cells if 'Predict' not in c.source]; nbformat.write(nb, path)
+    assert any('folded' in p for p in book.undressed(root))
+    book.dress(root); assert hidden() == [False, False]
+
+def test_a_folded_answer_on_a_page(make, tmp_path):
+    root = make(**{'01_points': ['# P', *ASKED]})
+    book.run([root/'nbs'/'01_points.ipynb'])
+    html = (book.pages(root, tmp_path/'s')/'01_points.html').read_text()
+    assert html.count('<details class="answer">') == 1 and html.index('What it gives') < html.index('<pre>2')
+
+def test_every_chapter_has_its_doors(make):
+    root = make(**{'index': INDEX, '01_points': CHAPTER, '13_points_x': CHAPTER})
+    book.dress(root)
+    cells = nbformat.read(root/'nbs'/'13_points_x.ipynb', 4).cells
+    assert 'blob/main/nbs/13_points_x.ipynb' in cells[1].source and 'labpath=nbs%2F13_points_x.ipynb' in cells[1].source and 'google.colab' in cells[2].source
+    assert 'colab' not in (root/'nbs'/'index.ipynb').read_text()
+    before = {f: f.read_bytes() for f in book.notebooks(root)}
+    book.dress(root); assert before == {f: f.read_bytes() for f in book.notebooks(root)}, 'twice is once'
+    assert book.undressed(root) == [] and book.unclean_notebooks(root) == []
+    write(root/'nbs'/'02_new.ipynb', CHAPTER)
+    assert [p.split(':')[0].split()[0] for p in book.undressed(root)] == ['02_new.ipynb', '_quarto.yml']
+
+def test_quarto_knows_every_chapter_in_order():
+    yaml = pytest.importorskip('yaml')
+    said = yaml.safe_load((ROOT/'nbs'/'_quarto.yml').read_text())
+    chapters = said['website']['sidebar']['contents']
+    assert chapters[:2] == ['index.ipynb', 'prerequisites.ipynb'] and chapters[2:] == sorted(chapters[2:])
+    assert {*chapters} == {f.name for f in book.notebooks(ROOT)} and said['project']['type'] == 'website'
+
+@pytest.mark.parametrize('colab', [True, False])
+def test_the_install_cell_fetches_the_book_on_colab_alone(tmp_path, colab):
+    "The cell of a real chapter, with a git and a pip that write down what they are told."
+    cell = next(c for c in nbformat.read(ROOT/'nbs'/'07_denoise.ipynb', 4).cells if c.get('id') == 'colab')
+    (tmp_path/'bin').mkdir()
+    for name in ('git', 'pip'):
+        (tmp_path/'bin'/name).write_text(f'#!/bin/sh\necho {name} "$@" >> {tmp_path}/told\nmkdir -p {tmp_path}/content/flowbook/nbs\n')
+        (tmp_path/'bin'/name).chmod(0o755)
+    source = cell.source.replace('/content', f'{tmp_path}/content')
+    fake = "import types; sys.modules['google.colab'] = types.ModuleType('google.colab')" if colab else ''
+    (tmp_path/'try.py').write_text(f"""import sys, os
+from IPython.core.interactiveshell import InteractiveShell
+{fake}
+done = InteractiveShell.instance().run_cell({source!r})
+done.raise_error(); print(os.getcwd()); print(sys.path[0])""")
+    env = {**os.environ, 'PATH': f"{tmp_path}/bin:{os.environ['PATH']}", 'IPYTHONDIR': str(tmp_path/'ipython')}
+    out = subprocess.run([sys.executable, 'try.py'], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100)
+    assert out.returncode == 0, out.stderr
+    where, first = out.stdout.splitlines()[-2:]
+    if not colab: assert Path(where) == tmp_path and not (tmp_path/'told').exists(); return
+    told = (tmp_path/'told').read_text().splitlines()
+    assert where.endswith('content/flowbook/nbs') and first.endswith('content/flowbook')
+    assert told[0].startswith('git clone') and 'flowbook/flowbook' in told[0] and told[1].startswith('pip install')
+
+def test_a_class_gets_questions_and_no_answers(make, tmp_path, monkeypatch, capsys):
+    root = make(**{'index': INDEX, '01_points': [*CHAPTER, *exercise(solution='def twice(x): return x + x')]})
+    monkeypatch.chdir(root)
+    assert book.main(['handout', '--out', 'class']) == 0 and '2 notebooks' in capsys.readouterr().out
+    nb = nbformat.read(root/'class'/'01_points.ipynb', 4); nbformat.validate(nb)
+    text = (root/'class'/'01_points.ipynb').read_text()
+    assert 'x + x' not in text and 'x**2' not in text and 'not the square' in text and PNG not in text
+    ids = lambda f: [c.id for c in nbformat.read(f, 4).cells]
+    assert [i for i in ids(root/'nbs'/'01_points.ipynb') if i in ids(root/'class'/'01_points.ipynb')] == ids(root/'class'/'01_points.ipynb')
+    assert (root/'class'/'images'/'square.png').is_file() and (root/'class'/'results'/'r.json').is_file()
+    assert book.main(['handout', '--out', 'class']) == 2 and 'not empty' in capsys.readouterr().err, 'what a class wrote is not overwritten'
+
+def test_a_chapter_of_the_class_runs_where_it_lies(tmp_path):
+    "The prerequisites, without answers, from top to bottom in the folder of the class."
+    out = book.handout(ROOT, tmp_path/'class')
+    assert len(list(out.glob('*.ipynb'))) == len(book.notebooks(ROOT))
+    for f in out.glob('*.ipynb'):
+        cells = nbformat.read(f, 4).cells
+        assert not any(c.get('outputs') or {'solution', 'wrong'} & set(c.metadata.get('tags', [])) for c in cells), f.name
+    assert book.run_notebook(out/'prerequisites.ipynb') == ''
+
+@pytest.mark.parametrize('text, found', [('See chapter 02.', 1), ('See [chapter 02](02_b.ipynb).', 0), ('Chapters 02 and 03.', 2), ('Chapters 02 and [03](03_c.ipynb).', 1), ('`chapter 02`', 0),
+                                         ('## Chapter 02', 0), ('In chapter 01 itself.', 0), ('In chapter 77.', 0), ('chapter 02\n\n[x](02_b.ipynb)', 1)])
+def test_bare_references(make, text, found):
+    root = make(**{'01_a': ['# A', text], '02_b': ['# B'], '03_c': ['# C']})
+    assert len(book.bare_references(root)) == found
 
 
 # run
