@@ -2,6 +2,7 @@
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -233,6 +234,27 @@ def test_verdicts_are_sentences_with_their_numbers():
     v = ev.lower([1., 1.3, .8], [1.1, 1.2, .9], ('A', 'B'), 'bits/dim', 500)
     assert v.state == 'not seen' and '3 seeds of 500 steps' in v.reason and 'bits/dim is seen in 80%' in v.reason
     assert {ev.lower([1], [2], 'ab').state, *(s for s in ('exact', 'failed', 'seen', 'reversed', 'not seen'))} == set(ev.STATES)
+
+
+@pytest.mark.skipif(not RESULTS.is_dir(), reason='the results lie in the checkout')
+def test_every_verdict_of_the_book_prints_as_a_table(capsys):
+    "No line wider than a page; every comparison and identity of a reason is a row; marks are those of the states; nothing is lost."
+    for name, e in ev.registry().items():
+        if not ev.result_path(name, 'laptop', RESULTS).exists(): continue
+        judged = ev.verdicts(ev.load_result(name, 'laptop', RESULTS))
+        ev.show_verdicts(judged)
+        out = capsys.readouterr().out
+        assert max(map(len, out.splitlines())) <= 110
+        for claim, v in judged.items():
+            rows = [ev.as_row(s) for s in ev.sentences(v.reason.replace('; not judged: ', '; '))]
+            assert len([r for r in rows if r]) == len(re.findall(r'largest error|: difference |: a factor of ', re.sub(r'spread of the logarithm \S+: a factor of', '', v.reason)))
+            main = [r[''] for s in ev.sentences(v.reason.partition('; not judged: ')[0]) if (r := ev.as_row(s))]
+            if v.state in ('exact', 'seen'): assert set(main) <= {'✓'}, claim
+            if v.state == 'reversed': assert '✗' in main, claim
+            for number in re.findall(r'(?<!factor of )(?:difference|interval|error|factor of) (-?[\d.e+-]+)', v.reason): assert number.rstrip('.') in out, (claim, number)
+    v = ev.all_of(ev.lower([1, 2, 3], [2, 2, 2], ('A', 'B'), 'dB', 500), ev.lower([1, 1.1, 1.2], [2, 2.1, 2.3], ('what: A', 'B')))
+    assert str(v) == ev.as_table(v) and '80% at: the difference that 3 seeds of 500 steps' in str(v).replace('\n  ', ' ') and v.reason in repr(v)
+    with pytest.raises(ValueError, match='there is x'): ev.show_verdicts({'x': v}, 'y')
 
 
 def test_plot_seeds():
