@@ -44,7 +44,7 @@ def unaffine(z:Tensor, mu:Tensor, alpha:Tensor) -> Tensor:
     "x = z exp(alpha) + mu, the inverse of `affine`. TARFlow Eq. 4."
     return z * torch.exp(alpha) + mu
 
-# %% ../nbs/01_flows.ipynb #1a33ad44
+# %% ../nbs/01_flows.ipynb #1009df39
 BEYOND = 10.       # what is larger is no image in [-1, 1], whatever its noise, and no latent of size about 1
 
 class Flow(nn.Module):
@@ -67,8 +67,8 @@ class Flow(nn.Module):
         "Log-density of `x`: the change of variables. TARFlow Eq. 1."
         z, logdet = self(x, y)
         if x.ndim == 4 and x.device.type == 'cpu' and x.numel() and x.detach().abs().max() > BEYOND: # on a GPU to look is to wait
-            warnings.warn(f'x: values beyond {BEYOND:g} came; images in [-1, 1] are expected, which from_levels(v, 256) makes of 8-bit ones',
-                          stacklevel=2)
+            warnings.warn(f'x: values beyond {BEYOND:g} came; images in [-1, 1] are expected, '
+                          'which from_levels(v, 256) makes of 8-bit ones', stacklevel=2)
         return normal_log_prob(z, self.prior_var) + logdet
 
     def draw(self, b:int, generator=None) -> Tensor:
