@@ -189,12 +189,13 @@ def _indices(index, n:int) -> Tensor:                # (b,) int64
         raise ValueError(f'index: {int(index.min())} to {int(index.max())} came, must be in 0 to {n - 1}')
     return index.long().cpu()
 
-# %% ../nbs/00_data.ipynb #3bfa7c42
+# %% ../nbs/00_data.ipynb #49d89d69
 def _check_uint8(images):
     if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.dim() != 4:
         kind, shape = getattr(images, 'dtype', type(images).__name__), tuple(getattr(images, 'shape', ()))
         raise ValueError(f'images: {kind} of shape {shape} came, must be uint8 of shape (n, c, h, w)')
 
+# %% ../nbs/00_data.ipynb #da6a354d
 class InMemory(ImageSet):
     "An `ImageSet` over a tensor of integer levels."
     def __init__(
@@ -277,7 +278,7 @@ def _mnist5k(split, root, image_size):
     images = images.to(torch.uint8).view(-1, 1, 28, 28)
     return _split(images, labels.long(), split, 1000, image_size, map(str, range(10)), 256, 'mnist5k')
 
-# %% ../nbs/00_data.ipynb #a2f319da
+# %% ../nbs/00_data.ipynb #16756c1f
 def _damaged(kind, root):                            # the first file that is there, and is not what it should be
     from torchvision.datasets import cifar, mnist, utils
     if kind == 'CIFAR10':                                # pickles: none is opened whose MD5 is not the published one
@@ -292,6 +293,7 @@ def _damaged(kind, root):                            # the first file that is th
         try: read(p)
         except Exception: return p
 
+# %% ../nbs/00_data.ipynb #e29671a8
 def _torchvision(kind, name):
     def make(split, root, image_size):
         import torchvision
@@ -372,6 +374,43 @@ class Flip:
         return batch._replace(x=torch.where(flip[:, None, None, None], batch.x.flip(-1), batch.x))
     def __repr__(self): return f'Flip({self.p})'
 
+# %% ../nbs/00_data.ipynb #ae9f165e
+def _transformed(batch, transforms):
+    noisy = None
+    for t in transforms:
+        seen, batch = batch.x, t(batch)
+        if noisy is not None and getattr(batch, 'target', None) is seen:
+            raise ValueError(f'transforms: {t!r} takes the images as its target after {noisy!r} has added noise; put it before')
+        if getattr(t, 'noisy', False): noisy = t
+    return batch
+
+# %% ../nbs/00_data.ipynb #9bb08e55
+def batches(
+    data,                  # a dataset of (x, y): an ImageSet, or anything with a length and an index
+    batch_size:int,
+    seed:int=0,            # of the order, and of the randomness of the transforms
+    transforms=(),         # callables Batch -> Batch, applied in turn
+    epochs:int=None,       # None: without an end
+    shuffle:bool=True,     # in each epoch anew
+    drop_last:bool=None,   # leave out an epoch's incomplete batch; None: where shuffled
+    start:int=0,           # skip so many batches without reading them: an exact resume
+    part:tuple=(0, 1),     # (rank, world): this process gets every world-th sample of each batch
+):                         # a generator of Batch
+    "Batches whose order and randomness depend on the seed, the epoch and the sample only."
+    if drop_last is None: drop_last = shuffle
+    _check_batches(data, batch_size, seed, transforms, epochs, shuffle, drop_last, start, part)
+    n, (rank, world), transforms = len(data), part, tuple(transforms)
+    def stream():
+        per_epoch = n // batch_size if drop_last else -(-n // batch_size)
+        k, epoch = start % per_epoch, start // per_epoch
+        while epochs is None or epoch < epochs:
+            order = _shuffled(n, keyed(seed, epoch, 0, 'order')) if shuffle else torch.arange(n)
+            for index in order.split(batch_size)[k:per_epoch]:
+                index = index[rank::world]
+                yield _transformed(Batch(*_take(data, index), index, epoch, seed), transforms)
+            k, epoch = 0, epoch + 1
+    return stream()                                  # arguments are checked now, not at the first batch
+
 # %% ../nbs/00_data.ipynb #daa77f72
 def _take(data, index:Tensor) -> tuple:              # x (b, c, h, w), y (b,)
     if isinstance(data, ImageSet): return data.batch(index)
@@ -414,43 +453,6 @@ def _check_batches(data, batch_size, seed, transforms, epochs, shuffle, drop_las
     if not whole or not 0 <= part[0] < part[1] or batch_size % part[1]:
         raise ValueError(f'part: {part!r:.80} came, must be (rank, world) with 0 <= rank < world '
                          f'and batch_size={batch_size} a multiple of world')
-
-# %% ../nbs/00_data.ipynb #ae9f165e
-def _transformed(batch, transforms):
-    noisy = None
-    for t in transforms:
-        seen, batch = batch.x, t(batch)
-        if noisy is not None and getattr(batch, 'target', None) is seen:
-            raise ValueError(f'transforms: {t!r} takes the images as its target after {noisy!r} has added noise; put it before')
-        if getattr(t, 'noisy', False): noisy = t
-    return batch
-
-# %% ../nbs/00_data.ipynb #9bb08e55
-def batches(
-    data,                  # a dataset of (x, y): an ImageSet, or anything with a length and an index
-    batch_size:int,
-    seed:int=0,            # of the order, and of the randomness of the transforms
-    transforms=(),         # callables Batch -> Batch, applied in turn
-    epochs:int=None,       # None: without an end
-    shuffle:bool=True,     # in each epoch anew
-    drop_last:bool=None,   # leave out an epoch's incomplete batch; None: where shuffled
-    start:int=0,           # skip so many batches without reading them: an exact resume
-    part:tuple=(0, 1),     # (rank, world): this process gets every world-th sample of each batch
-):                         # a generator of Batch
-    "Batches whose order and randomness depend on the seed, the epoch and the sample only."
-    if drop_last is None: drop_last = shuffle
-    _check_batches(data, batch_size, seed, transforms, epochs, shuffle, drop_last, start, part)
-    n, (rank, world), transforms = len(data), part, tuple(transforms)
-    def stream():
-        per_epoch = n // batch_size if drop_last else -(-n // batch_size)
-        k, epoch = start % per_epoch, start // per_epoch
-        while epochs is None or epoch < epochs:
-            order = _shuffled(n, keyed(seed, epoch, 0, 'order')) if shuffle else torch.arange(n)
-            for index in order.split(batch_size)[k:per_epoch]:
-                index = index[rank::world]
-                yield _transformed(Batch(*_take(data, index), index, epoch, seed), transforms)
-            k, epoch = 0, epoch + 1
-    return stream()                                  # arguments are checked now, not at the first batch
 
 # %% ../nbs/00_data.ipynb #656f3da6
 def _rgb(image):                                          # a PIL image of any kind -> 8-bit RGB

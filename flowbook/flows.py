@@ -44,14 +44,7 @@ def unaffine(z:Tensor, mu:Tensor, alpha:Tensor) -> Tensor:
     "x = z exp(alpha) + mu, the inverse of `affine`. TARFlow Eq. 4."
     return z * torch.exp(alpha) + mu
 
-# %% ../nbs/01_flows.ipynb #ada77dea
-BEYOND = 10.       # what is larger is no image in [-1, 1], whatever its noise, and no latent of size about 1
-
-def _look_at_scale(x):
-    if x.ndim == 4 and x.device.type == 'cpu' and x.numel() and x.detach().abs().max() > BEYOND:   # on a GPU to look is to wait
-        warnings.warn(f'x: values beyond {BEYOND:g} came; images in [-1, 1] are expected, '
-                      'which from_levels(v, 256) makes of 8-bit ones', stacklevel=3)
-
+# %% ../nbs/01_flows.ipynb #59a5d22e
 class Flow(nn.Module):
     "An invertible map: `forward(x, y) -> (z, logdet)`, `inverse(z, y) -> x`; logdet (b,), nats, summed."
     z_shape: tuple = ()              # shape of one latent
@@ -101,7 +94,15 @@ class Flow(nn.Module):
         "Which entries of dz/dx may differ from zero: (d, d) bool over flattened z and x; None: any."
         return None
 
-# %% ../nbs/01_flows.ipynb #499cec12
+# %% ../nbs/01_flows.ipynb #aa9ea1af
+BEYOND = 10.       # what is larger is no image in [-1, 1], whatever its noise, and no latent of size about 1
+
+def _look_at_scale(x):
+    if x.ndim == 4 and x.device.type == 'cpu' and x.numel() and x.detach().abs().max() > BEYOND:   # on a GPU to look is to wait
+        warnings.warn(f'x: values beyond {BEYOND:g} came; images in [-1, 1] are expected, '
+                      'which from_levels(v, 256) makes of 8-bit ones', stacklevel=3)
+
+# %% ../nbs/01_flows.ipynb #9e7c5dea
 def check_y(y, classes:int, b:int|None=None, name:str='y') -> None:
     "ValueError for labels `y` that a flow of `classes` classes cannot take, for `b` samples if that is known."
     if y is None: return
@@ -128,6 +129,7 @@ def check_y(y, classes:int, b:int|None=None, name:str='y') -> None:
         raise ValueError(f'{name}: labels from {y.min()} to {y.max()}; this flow has {classes} classes, '
                          f'so 0..{classes - 1}, or -1 for a dropped label')
 
+# %% ../nbs/01_flows.ipynb #f7781384
 def check_module(name:str, flow, kind=nn.Module) -> None:
     "ValueError for what is no module of this kind."
     if not isinstance(flow, kind): raise ValueError(f'{name}: {type(flow).__name__} came, must be a {kind.__name__}')
@@ -615,7 +617,7 @@ def load_strictly(model:nn.Module, state:dict, source:str) -> None:
     if wrong: raise ValueError(f'{source} does not fit the model; ' + '; '.join(wrong))
     model.load_state_dict(state)
 
-# %% ../nbs/01_flows.ipynb #99d3eddf
+# %% ../nbs/01_flows.ipynb #e92fb9df
 def weights_folder():
     "The folder of the small checkpoints that come with the book."
     from pathlib import Path
@@ -623,12 +625,14 @@ def weights_folder():
     return Path(here).parent/'weights'
 
 def find_pretrained(name):
-    "The folder of a checkpoint: a path, one in `weights_folder()`, or a download; ValueError if none."
+    "The folder of a checkpoint: a path (a run's, too), one in `weights_folder()`, or a download; ValueError if none."
     import os, re
     from pathlib import Path
     if not isinstance(name, (str, os.PathLike)) or '\0' in str(name):
         raise ValueError(f'name: {name!r} came; give a folder, a checkpoint of the book, or owner/name on the hub')
-    if Path(name).is_dir(): return Path(name)
+    if (folder := Path(name)).is_dir():
+        run = folder/'model'                               # where a training run keeps its model
+        return run if (run/'config.json').is_file() and not (folder/'config.json').exists() else folder
     if (weights_folder()/str(name)).is_dir(): return weights_folder()/str(name)
     if re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', str(name)) and not Path(name).parent.exists():
         from huggingface_hub import snapshot_download

@@ -81,7 +81,7 @@ class NLL:
         loss.backward()
         return {'loss': loss.detach()}
 
-# %% ../nbs/02_train.ipynb #6b137c42
+# %% ../nbs/02_train.ipynb #c248d0f6
 def cosine(step:int,           # 0, 1, ... steps - 1
            steps:int,          # length of the run
            warmup:int=0,       # steps of linear warm-up
@@ -93,6 +93,7 @@ def cosine(step:int,           # 0, 1, ... steps - 1
     t = (step - warmup) / max(1, steps - 1 - warmup)
     return floor + (1 - floor) * (1 + math.cos(math.pi * min(t, 1.))) / 2
 
+# %% ../nbs/02_train.ipynb #35ebb74b
 def _check_module(flow):
     if not isinstance(flow, nn.Module): raise ValueError(f'flow: a {type(flow).__name__} came, must be a module')
 
@@ -158,7 +159,7 @@ def live_curve(logs, keys=('loss',), seconds:float=1.):
         yield log
     if handle is not None: handle.update(draw())
 
-# %% ../nbs/02_train.ipynb #4da58a81
+# %% ../nbs/02_train.ipynb #468c1dc1
 class NonFiniteLoss(RuntimeError):
     "The loss or its gradient stopped being a number; the flow holds its last good weights, those after `kept` steps."
     def __init__(self, step:int, value:float, grad_norm:float, lr:float, kept:int|None, # None: no copy was kept
@@ -177,6 +178,7 @@ class NonFiniteLoss(RuntimeError):
         super().__init__(f'the loss of step {step} was {value} (gradient norm {grad_norm}, learning rate {lr:.2g}). '
                          f'Its batch: {on or "the data do not say which samples (a Batch has an index)"}. {now} {why}')
 
+# %% ../nbs/02_train.ipynb #2010d534
 def _some(names, most=8):
     more = f' and {len(names) - most} more' if len(names) > most else ''
     return f'sample{"s" * (len(names) > 1)} {", ".join(map(str, names[:most]))}{more}'
