@@ -1,5 +1,6 @@
 """Every flow of the book goes through the one shared proof, in float64 and in float32."""
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -323,3 +324,13 @@ def test_a_half_precision_model_still_adds_up_in_float32():
     x = torch.rand(1, 3, 160, 160)
     flow = TarFlow(160, 3, 16, 32, 1, 1, 32)
     assert abs(flow.half().log_prob(x.half()).item() - flow.float().log_prob(x).item()) < 5
+
+
+def test_images_far_outside_are_told_of():
+    flow, x = TarFlow(4, 1, 2, 8, 1, 1, 8), torch.rand(2, 1, 4, 4) * 2 - 1
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        for good in (x, x + 2 * torch.randn(2, 1, 4, 4).clamp(-3, 3), x[:0]): flow.log_prob(good)
+        MAF(3).log_prob(torch.full((2, 3), 40.))             # a vector may be of any size
+    with pytest.warns(UserWarning, match='beyond 10 came'): got = flow.log_prob((x + 1) * 127.5 + 20)
+    assert got.isfinite().all()

@@ -55,6 +55,7 @@ def test_between_reports_nothing_waits_for_the_device(monkeypatch):
     "`item()`, `bool(tensor)`, `nonzero()` are what makes a CPU wait for a GPU: none between two reports. (The flag of a bad step crosses by a copy that nobody waits for, and is read a step later.)"
     monkeypatch.setattr(flowbook.flows, 'check_y', lambda *a: None)      # looks at labels on a CPU only
     monkeypatch.setattr(flowbook.tarflow, 'check_y', lambda *a: None)
+    monkeypatch.setattr(flowbook.flows, '_look_at_scale', lambda x: None)  # so does this
     reads, real = [], Meter.read
     monkeypatch.setattr(Meter, 'read', lambda self, *a: reads.append(1) or real(self, *a))
     waits, data = [], [next(stream())] * 20
@@ -287,3 +288,16 @@ def test_recomputed_activations_give_the_same_gradients(kind):
         grads.append((loss, *(p.grad.clone() for p in flow.parameters() if p.grad is not None)))
     assert all(torch.allclose(a, b, atol=1e-12, rtol=0) for a, b in zip(*grads)) and len(grads[0]) == len(grads[1])
     with pytest.raises(ValueError, match='checkpoint'): NLL('yes')
+
+
+def test_a_target_taken_after_the_noise_is_refused():
+    from flowbook.repa import KeepClean, Lookup
+    from flowbook.train import Dequantize
+    data = load('digits')
+    first = lambda *transforms: next(batches(data, 4, transforms=transforms))
+    for noise in (GaussianNoise(.1), Dequantize(17)):
+        assert (first(KeepClean(), noise).target <= 1).all()
+        with pytest.raises(ValueError, match='transforms: KeepClean.*as its target after .* has added noise; put it before'):
+            first(noise, DropLabels(.1), KeepClean())
+    assert first(GaussianNoise(0.), KeepClean()).target is not None       # no noise, no harm
+    assert first(GaussianNoise(.1), Lookup(torch.zeros(len(data), 4, 2))).target.shape == (4, 4, 2)    # features by sample see no noise
