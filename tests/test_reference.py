@@ -145,6 +145,23 @@ def test_all_weights_are_loaded():
     assert sum(p.numel() for p in flow.parameters()) == theirs
 
 
+def test_sigma_goes_on_the_card_and_sampling_finds_it(tmp_path):
+    "With sigma= a published model is denoised without more ado; the card is saved with it."
+    from flowbook.sampling import sample
+    s = SIZES['grey']
+    sd = random_state(s['size'], s['channels'], s['patch'], s['dim'], s['layers'], 5)
+    torch.save(sd, tmp_path/'afhq_model.pth')
+    read = torch.load(tmp_path/'afhq_model.pth', map_location='cpu', weights_only=True)
+    flow = TarFlow.from_ml_tarflow(read, channels=1, head_dim=8, sigma=.07)
+    assert flow.card['sigma'] == .07 and 'sigma' not in TarFlow.from_ml_tarflow(sd, channels=1, head_dim=8).card
+    flow.save_pretrained(tmp_path/'m')
+    assert TarFlow.from_pretrained(tmp_path/'m').card['sigma'] == .07
+    y = torch.arange(2)
+    got = sample(flow, y, denoise=True, on_broken='keep', generator=torch.Generator().manual_seed(0))
+    want = sample(flow, y, denoise=.07, on_broken='keep', generator=torch.Generator().manual_seed(0))
+    assert torch.equal(got, want)
+
+
 def test_bad_layouts_are_named():
     s = SIZES['grey']
     sd = random_state(s['size'], s['channels'], s['patch'], s['dim'], s['layers'], 5)
@@ -152,4 +169,6 @@ def test_bad_layouts_are_named():
     with pytest.raises(ValueError, match='missing: blocks.1.proj_out.bias'):
         TarFlow.from_ml_tarflow({k: v for k, v in sd.items() if k != 'blocks.1.proj_out.bias'}, channels=1, head_dim=8)
     with pytest.raises(ValueError, match='unknown: blocks.0.extra'): TarFlow.from_ml_tarflow({**sd, 'blocks.0.extra': torch.ones(1)}, channels=1, head_dim=8)
-    with pytest.raises(ValueError, match='multiple of head_dim'): TarFlow.from_ml_tarflow(sd, channels=1)
+    with pytest.raises(ValueError, match='multiple of head_dim 64; give a head_dim= that divides it'): TarFlow.from_ml_tarflow(sd, channels=1)
+    with pytest.raises(ValueError, match=r"keys are 'epoch', 'model'; give state\['model'\]"): TarFlow.from_ml_tarflow({'epoch': 3, 'model': sd}, channels=1, head_dim=8)
+    with pytest.raises(ValueError, match='sigma'): TarFlow.from_ml_tarflow(sd, channels=1, head_dim=8, sigma=-1.)
