@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'constant', 'linear', 'Guidance', 'check_weight', 'LinearGuidance', 'ClassGuidance', 'inverse_blocks',
            'check_guided', 'inverse_block', 'guided_inverse', 'guided_sample', 'judge_trajectory', 'trajectory_states',
-           'TemperatureGuidance', 'StarGuidance', 'score_guidance', 'judge_guidance_sweep', 'guided_quality',
-           'guidance_sweep']
+           'TemperatureGuidance', 'StarGuidance', 'score_guidance', 'judge_guidance_sweep', 'value_at',
+           'guided_quality', 'guidance_sweep']
 
 # %% ../nbs/08_guidance.ipynb #a4618b7a
 import torch
@@ -183,17 +183,18 @@ def score_guidance(flow:Flow, x:Tensor, y, # (b, ...) samples and their labels
     if not gamma: return x
     return x + gamma * (score(flow, x, y) - score(flow, x))
 
-# %% ../nbs/08_guidance.ipynb #ac244668
+# %% ../nbs/08_guidance.ipynb #69d9e9f4
 def judge_guidance_sweep(results):
     "The verdicts on T10, T11, T12: settings were chosen on other samples than they are judged on."
-    get = lambda *keys: [_at(r['judged'], keys) for r in results]
+    get = lambda *keys: [value_at(r['judged'], keys) for r in results]
     t10 = all_of(lower(get('constant', 'best'), get('none'), ('FID at the best constant w', 'unguided')),
                  lower(get('constant', 'best'), get('constant', 'largest'), ('FID at the best constant w', 'at the largest w')))
     t11 = all_of(lower(get('temperature', 'best'), get('free'), ('FID without classes at the best w and tau', 'unguided')),
                  lower(get('temperature', 'best'), get('temperature', 'largest'), ('FID at the best w and tau', 'at the largest w, same tau')))
     return {'T10': t10, 'T11': t11, 'T12': lower(get('linear', 'best'), get('constant', 'best'), ('FID of the linear schedule at its best w', 'of the constant one'))}
 
-def _at(d, keys):
+def value_at(d:dict, keys):
+    "The value at a path of keys in nested dictionaries: value_at(d, ('linear', 'best')) is d['linear']['best']."
     for k in keys: d = d[k]
     return d
 
