@@ -35,7 +35,7 @@ class Guidance:
         "The guided (mu, alpha) at reading position(s) i of n."
         return cond
 
-# %% ../nbs/08_guidance.ipynb #51484d13
+# %% ../nbs/08_guidance.ipynb #c21b7158
 def constant(i, n:int):                  # reading position(s), tokens -> share of w
     "The same weight at all positions."
     return 1.
@@ -54,6 +54,7 @@ class LinearGuidance(Guidance):
 
     def __repr__(self): return f'{type(self).__name__}({self.w}, {getattr(self.schedule, "__name__", self.schedule)})'
 
+# %% ../nbs/08_guidance.ipynb #5855a1c2
 class ClassGuidance(LinearGuidance):
     "Away from the prediction without a label. TARFlow Eq. 10."
     def check(self, flow, y):

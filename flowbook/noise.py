@@ -179,7 +179,7 @@ def spiral(m:int=40) -> Tensor: # (m, 2), float64
     t = torch.linspace(.15**2, 1, check_whole('m', m), dtype=torch.float64).sqrt()
     return 1.2 * torch.stack([t * torch.cos(2.6 * math.pi * t), t * torch.sin(2.6 * math.pi * t)], 1)
 
-# %% ../nbs/06_noise.ipynb #1703c5b8
+# %% ../nbs/06_noise.ipynb #05b25ed1
 def condition(flow:Flow, x:Tensor, y=None) -> tuple: # x (b, ...) -> largest (b,), condition number (b,)
     "The largest singular value of dx/dz at each `x`, and its ratio to the smallest; one backward pass a dimension."
     check_flow_given(flow); check_tensor('x', x, 'b d ...'); check_y(y, flow.classes, len(x))
@@ -194,6 +194,7 @@ def condition(flow:Flow, x:Tensor, y=None) -> tuple: # x (b, ...) -> largest (b,
     largest[whole], ratio[whole] = 1 / s[:, -1], s[:, 0] / s[:, -1]
     return largest, ratio
 
+# %% ../nbs/06_noise.ipynb #f6bfa1ed
 def reach(sigma:float, data:float=1.) -> float: # `data`: how far the clean data go, 1 for images; latents go further
     "How far from zero data with noise sigma go: 6 sigma beyond their own reach, at least once more that far."
     return check_number('data', data, 0, above=True) + max(data, 6 * check_number('sigma', sigma, 0))

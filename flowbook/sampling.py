@@ -102,11 +102,12 @@ class StaticCache:
         self.k.narrow(2, start, m).copy_(k); self.v.narrow(2, start, m).copy_(v)
         return self.k.narrow(2, 0, start + m), self.v.narrow(2, 0, start + m)
 
-# %% ../nbs/09_sampling.ipynb #7377836b
+# %% ../nbs/09_sampling.ipynb #800cbccf
 def weights_of(f:nn.Linear, like:Tensor): # -> bias (out,), weight (in, out)
     "Bias and weight of a linear layer as `addmm` takes them, in the dtype of `like`."
     return f.bias.to(like.dtype), f.weight.to(like.dtype).t()
 
+# %% ../nbs/09_sampling.ipynb #acb74dfb
 class RowLayer:
     "A `Layer` of chapter 04 without modules: rows in, rows out, weights laid out once. Kinds change `normed`, `qkv`, `added`, `act`."
     def __init__(self, layer:Layer, rows:int, n:int, like:Tensor, # rows of one position; positions; dtype and device of the network
@@ -146,12 +147,13 @@ class RowLayer:
         k, v = self.cache.extend(k, v, i, 1)
         return self.after(x, F.scaled_dot_product_attention(q, k, v).view(x.shape))
 
-# %% ../nbs/09_sampling.ipynb #5f760d7f
+# %% ../nbs/09_sampling.ipynb #f4a2e4fa
 def plain_head(block:TarBlock, like:Tensor, rows:int, c): # -> a function (m rows, dim) -> (m rows, 2d)
     "`proj_out` on rows."
     b, w = weights_of(block.proj_out, like)
     return lambda h: torch.addmm(b, h, w)
 
+# %% ../nbs/09_sampling.ipynb #45269633
 class StepDecoder:
     "A block on its way back, one position a step: both passes of guidance in one batch, one cache a layer."
     def __init__(self, block:TarBlock, like:Tensor, # (n, b, d): positions, batch, and dtype and device of the tokens
@@ -213,7 +215,7 @@ def walk(state:StepDecoder, z:Tensor):   # (n, b, d) -> (n, b, d)
         xs.append(torch.addcmul(mu, zs[i], alpha.exp()))
     return torch.stack(xs)
 
-# %% ../nbs/09_sampling.ipynb #f0543007
+# %% ../nbs/09_sampling.ipynb #bb97d2bf
 def slide(state, z:Tensor, window:int, tol:float, watch=None): # a `Decoder`, (n, b, d) -> (n, b, d), passes, positions computed
     "Gauss-Seidel-Jacobi: all tokens of a window at once, again and again, while it slides past those that are final."
     x, n, a, passes, positions = tame(z.clone()), len(z), 1, 0, 0
@@ -231,6 +233,7 @@ def slide(state, z:Tensor, window:int, tol:float, watch=None): # a `Decoder`, (n
         if watch: watch(x, a)
     return x, passes, positions
 
+# %% ../nbs/09_sampling.ipynb #b65b6980
 def tame(guess:Tensor, bound:float=1e4) -> Tensor:
     "A guess may overflow where the sample does not, and a masked NaN still spoils attention (0 times NaN): keep it finite, in place."
     return guess.nan_to_num_(0., bound, -bound).clamp_(-bound, bound)
@@ -240,7 +243,7 @@ def of_the_living(moves:Tensor, final:Tensor) -> list: # (m, b, d), (a, b, d) to
     moves = moves[:, final.isfinite().all(2).all(0)]
     return moves.abs().flatten(1).amax(1).tolist() if moves.shape[1] else [0.] * len(moves)
 
-# %% ../nbs/09_sampling.ipynb #e9e31d78
+# %% ../nbs/09_sampling.ipynb #8fb6e150
 class FastLayer(RowLayer):
     "A `RowLayer` that takes a window of positions, too."
     def qkv(self, x, m, start):          # (m rows, dim), the first position (an int, or a tensor (1,)) -> three (rows, h, m, e)
@@ -256,6 +259,7 @@ class FastLayer(RowLayer):
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.after(x, o.permute(2, 0, 1, 3).reshape(x.shape))
 
+# %% ../nbs/09_sampling.ipynb #3fcc955c
 class Decoder(StepDecoder):
     "A block on its way back: one position a step, or a window of them. The whole state of an inversion."
     def head_of(self, block, net):
@@ -407,7 +411,7 @@ def residual(flow:TarFlow, z:Tensor, stages:list, y=None, guidance:Guidance=None
             z = stage.tokens
     return out
 
-# %% ../nbs/09_sampling.ipynb #6426df2d
+# %% ../nbs/09_sampling.ipynb #e3d17ea6
 WINDOWS = (1, 4, 16, 64, 256)            # and n, which is Jacobi's
 
 def count_passes(flow:TarFlow, y=None, guidance:Guidance=None, tol:float=1e-5, b:int=8, seed:int=0) -> list:
@@ -428,6 +432,7 @@ def count_passes(flow:TarFlow, y=None, guidance:Guidance=None, tol:float=1e-5, b
             z = stages[n].tokens if stages else invert_block(flow.blocks[t - 1], z, y, g, t, T, 1, tol).tokens
     return table
 
+# %% ../nbs/09_sampling.ipynb #b5326f1f
 def calibrate(flow:TarFlow, y=None, guidance:Guidance=None, tol:float=1e-5, b:int=8, seed:int=0) -> list:
     "`count_passes`, kept in the card, and so saved with the model."
     table = count_passes(flow, y, guidance, tol, b, seed)
@@ -436,6 +441,7 @@ def calibrate(flow:TarFlow, y=None, guidance:Guidance=None, tol:float=1e-5, b:in
     flow.card = {**flow.card, 'passes': {**{k: t for k in ('plain', 'guided') if (t := kept_passes(flow, k))}, kind: table}}
     return table
 
+# %% ../nbs/09_sampling.ipynb #cc0b37a1
 def kept_passes(flow:TarFlow, kind:str): # 'plain' or 'guided'
     "The passes on the card, one table a block; None where there are none, or where the card holds something else: it came with a file."
     n, each = flow.z_shape[0], flow.card.get('passes')
@@ -463,13 +469,14 @@ def sample(flow:Flow, y_or_n, guidance:Guidance=None, denoise=None, solver='auto
                          on_broken=on_broken, dtype=dtype, progress=progress))
     return torch.cat(parts) if parts else flow.sample(0)
 
-# %% ../nbs/09_sampling.ipynb #8cb8329b
+# %% ../nbs/09_sampling.ipynb #f1529684
 def latents(flow:Flow, n:int, generator=None): # yields one (1, ...) a sample
     "The latents of `n` samples, drawn one by one on the CPU: the same whatever the batch size, and on every device."
     scale = torch.as_tensor(flow.prior_var).sqrt()
     like = next(flow.parameters())
     for _ in range(n): yield torch.randn(1, *flow.z_shape, generator=generator).to(like) * scale.to(like)
 
+# %% ../nbs/09_sampling.ipynb #4d3c57cf
 def _samples(flow, n, y, invert_them, sigma, generator, size, on_broken, progress):
     from tqdm import tqdm
     stream, left = latents(flow, n, generator), 0
@@ -554,7 +561,7 @@ def pass_seconds(flow:TarFlow, t:int, b:int, y, guidance:Guidance, dtype=None) -
         return (new - x).abs_().flatten(1).amax(1).tolist() if w > 1 else new
     return {w: timed(lambda: one_pass(w), like, 4)[0] for w in sorted({w for w in WINDOWS if w < n - 1} | {n - 1})}
 
-# %% ../nbs/09_sampling.ipynb #7186c7bb
+# %% ../nbs/09_sampling.ipynb #8cd36313
 PLANS = weakref.WeakKeyDictionary()      # flow -> {what a call looks like: the windows that were quickest}
 COUNTED = weakref.WeakKeyDictionary()    # flow -> {'plain' or 'guided': passes}, where its card has none
 
@@ -581,6 +588,7 @@ def pick_windows(flow:TarFlow, b:int, y, guidance:Guidance, tol:float, dtype=Non
     plans[key] = windows
     return windows
 
+# %% ../nbs/09_sampling.ipynb #6f61e3c8
 def predicted(table:dict, costs:dict) -> dict: # window -> [passes, positions]; window -> seconds of a pass -> window -> seconds
     "Passes times the price of one at the mean size of its window."
     sizes, prices = zip(*costs.items())
