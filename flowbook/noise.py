@@ -45,11 +45,12 @@ def bits_per_dim(flow:Flow, data,        # a dataset, or images (b, c, h, w) exa
         total += torch.stack([one() for _ in range(samples)]).logsumexp(0).sub(math.log(samples)).sum().item()
     return to_bits(-total / x.numel(), levels)
 
-# %% ../nbs/06_noise.ipynb #85e90ad3
+# %% ../nbs/06_noise.ipynb #706b40a6
 def _discrete(data, y, levels):
     "(images, labels or None, levels); ValueError for images that are not discrete."
     if hasattr(data, 'batch'):
-        if levels is not None and levels != data.levels: raise ValueError(f'levels: {levels!r} came, the dataset has {data.levels}; leave it out')
+        if levels is not None and levels != data.levels:
+            raise ValueError(f'levels: {levels!r} came, the dataset has {data.levels}; leave it out')
         x, own = data.batch(range(len(data)))
         return x, own if y is None else y, data.levels
     check_tensor('data', data, 'b c h w', what='in [-1, 1], or a dataset of `load`')
@@ -61,20 +62,25 @@ def _discrete(data, y, levels):
                          'bits of discrete images, give them without noise')
     return data, y, levels
 
-# %% ../nbs/06_noise.ipynb #32ef9456
+# %% ../nbs/06_noise.ipynb #f49ab124
 class PointsFlow(Flow):
     "The exact autoregressive flow of data points plus Gaussian noise, q = mean of N(x_k, sigma^2): Knothe-Rosenblatt."
     def __init__(self, points:Tensor,    # (m, d)
                  sigma:float):           # standard deviation of the noise
         super().__init__()
-        if not check_tensor('points', points, 'm d').numel() or not points.isfinite().all(): raise ValueError(f'points: {tuple(points.shape)} with {int((~points.isfinite()).sum())} numbers that are not finite; give one finite point or more')
-        self.points, self.sigma = torch.nn.Parameter(points.detach().clone(), requires_grad=False), check_number('sigma', sigma, 0, above=True)
+        if not check_tensor('points', points, 'm d').numel() or not points.isfinite().all():
+            raise ValueError(f'points: {tuple(points.shape)} with {int((~points.isfinite()).sum())} numbers that are not finite; '
+                             'give one finite point or more')
+        self.points = torch.nn.Parameter(points.detach().clone(), requires_grad=False)
+        self.sigma = check_number('sigma', sigma, 0, above=True)
         self.z_shape = (points.shape[1],)
 
     def check(self, x, y=None, name='x'):
+        "ValueError for what are no points (b, d), or for labels: this flow has no classes."
         check_tensor(name, x, f'b {self.z_shape[0]}'); check_y(y, 0)
 
-    def conditional(self, x, i, log_w):  # both tails of the distribution of coordinate i, and its log-density
+    def conditional(self, x, i, log_w):  # (b,), coordinate, (b, m)
+        "Both tails of the distribution of coordinate i given the earlier ones, its log-density (b,), and the log-weights for the next."
         u = (x[:, None] - self.points[:, i]) / self.sigma                       # (b, m)
         log_n = -.5 * u**2 - math.log(self.sigma) - .5 * math.log(2 * math.pi)
         log_w = log_w - log_w.logsumexp(1, keepdim=True)
@@ -82,6 +88,7 @@ class PointsFlow(Flow):
         return tail(-u), tail(u), (log_w + log_n).logsumexp(1), log_w + log_n   # (b,), (b,), (b,), (b, m)
 
     def forward(self, x, y=None):        # (b, d)
+        "Noisy points to (z (b, d), logdet (b,) nats): each coordinate through its conditional distribution function."
         self.check(x, y)
         log_w, zs, logdet = x.new_zeros(len(x), len(self.points)), [], 0.
         for i in range(self.z_shape[0]):
@@ -93,7 +100,8 @@ class PointsFlow(Flow):
             logdet = logdet + log_f + .5 * z**2 + .5 * math.log(2 * math.pi)
         return torch.stack(zs, 1), logdet
 
-    def inverse(self, z, y=None):        # (b, d); bisection, then one Newton step, which carries the gradient
+    def inverse(self, z, y=None):        # (b, d)
+        "z to noisy points (b, d): bisection, then one Newton step, which carries the gradient."
         self.check(z, y, 'z')
         log_w, xs, reach = z.new_zeros(len(z), len(self.points)), [], (1 + (z.detach().abs().max() if z.numel() else 0)) * self.sigma
         for i in range(self.z_shape[0]):
@@ -122,9 +130,11 @@ class PointsFlow(Flow):
         w = (-.5 * squares / self.sigma**2).softmax(1)                          # (b, m)
         return w @ self.points
 
-    def sparsity(self): return torch.ones(self.z_shape[0], self.z_shape[0], dtype=torch.bool).tril()
+    def sparsity(self):
+        "Which x each z may depend on, (d, d): the earlier ones and its own."
+        return torch.ones(self.z_shape[0], self.z_shape[0], dtype=torch.bool).tril()
 
-# %% ../nbs/06_noise.ipynb #310bcbf6
+# %% ../nbs/06_noise.ipynb #3c734029
 def show_density_1d(sigma:float, points=(-.7, -.2, .6), axes=None):
     "Three points with noise sigma: their density, and the exact flow between x and z. Returns the figure."
     import matplotlib.pyplot as plt
@@ -139,10 +149,12 @@ def show_density_1d(sigma:float, points=(-.7, -.2, .6), axes=None):
     with torch.no_grad(): slope = (-flow(fine)[1]).max().exp().item()         # dx/dz between the points, exactly
     axes[0].plot(x.numpy(), density.nan_to_num(0).numpy(), 'k'); axes[0].plot(points, [0] * len(points), 'C3^', clip_on=False)
     axes[0].set(xlabel='x', ylabel='q(x)', xlim=(-1.5, 1.5), ylim=(0, None), title=f'density, sigma {sigma:.3g}')
-    axes[1].plot(z.numpy(), inverse.numpy(), 'C0'); axes[1].set(xlabel='z', ylabel='x', xlim=(-3, 3), ylim=(-1.5, 1.5), title=f'inverse flow, steepest slope {slope:.3g}')
+    steep = f'{slope:.3g}' if slope < 1e4 else f'{slope:.0e}'.replace('e+', 'e')
+    axes[1].plot(z.numpy(), inverse.numpy(), 'C0')
+    axes[1].set(xlabel='z', ylabel='x', xlim=(-3, 3), ylim=(-1.5, 1.5), title=f'inverse flow, steepest slope {steep}')
     return fig or axes[0].figure
 
-# %% ../nbs/06_noise.ipynb #5a10bbba
+# %% ../nbs/06_noise.ipynb #b327f510
 def show_density_2d(sigma:float, points:Tensor=None, ax=None): # points (m, 2)
     "Data points with noise sigma: density, and a straight grid of z pulled back into x. Returns the figure."
     import matplotlib.pyplot as plt
@@ -153,19 +165,21 @@ def show_density_2d(sigma:float, points:Tensor=None, ax=None): # points (m, 2)
     grid = torch.stack(torch.meshgrid(s, s, indexing='xy'), -1).flatten(0, 1)
     log_q = -.5 * torch.cdist(grid, points)**2 / sigma**2
     ax.imshow(log_q.logsumexp(1).exp().view(120, 120).numpy(), origin='lower', extent=(-1.6, 1.6, -1.6, 1.6), cmap='Greys', aspect='equal')
-    lines, along = torch.linspace(-2, 2, 9, dtype=torch.float64), torch.linspace(-2.5, 2.5, 150, dtype=torch.float64)
+    lines, along = torch.linspace(-1.6, 1.6, 5, dtype=torch.float64), torch.linspace(-2.5, 2.5, 150, dtype=torch.float64)
     z = torch.stack([torch.stack([c.expand(150), along], 1) for c in lines] + [torch.stack([along, c.expand(150)], 1) for c in lines])
-    with torch.no_grad(): x = flow.inverse(z.flatten(0, 1)).view(18, 150, 2)
-    for i, line in enumerate(x): ax.plot(*line.T.numpy(), color='C0' if i < 9 else 'C3', lw=.6)
-    ax.set(xlim=(-1.6, 1.6), ylim=(-1.6, 1.6), xticks=[], yticks=[], title=f'sigma {sigma:.3g}')
+    with torch.no_grad(): x = flow.inverse(z.flatten(0, 1)).view(10, 150, 2)
+    for i, line in enumerate(x): ax.plot(*line.T.numpy(), *(('C0-',) if i < 5 else ('C3--',)), lw=.8, alpha=.7)
+    ax.plot(*points.T.numpy(), 'k.', ms=3)
+    ax.set(xlim=(-1.6, 1.6), ylim=(-1.6, 1.6), xticks=(-1, 0, 1), yticks=(-1, 0, 1),
+           xlabel='$x_1$', ylabel='$x_2$', title=f'sigma {sigma:.3g}')
     return ax.figure
 
 def spiral(m:int=40) -> Tensor: # (m, 2), float64
-    "Points on a spiral."
-    t = torch.linspace(.15, 1, check_whole('m', m), dtype=torch.float64)
+    "Points on a spiral, about equally far apart along it."
+    t = torch.linspace(.15**2, 1, check_whole('m', m), dtype=torch.float64).sqrt()
     return 1.2 * torch.stack([t * torch.cos(2.6 * math.pi * t), t * torch.sin(2.6 * math.pi * t)], 1)
 
-# %% ../nbs/06_noise.ipynb #1703c5b8
+# %% ../nbs/06_noise.ipynb #05b25ed1
 def condition(flow:Flow, x:Tensor, y=None) -> tuple: # x (b, ...) -> largest (b,), condition number (b,)
     "The largest singular value of dx/dz at each `x`, and its ratio to the smallest; one backward pass a dimension."
     check_flow_given(flow); check_tensor('x', x, 'b d ...'); check_y(y, flow.classes, len(x))
@@ -180,6 +194,7 @@ def condition(flow:Flow, x:Tensor, y=None) -> tuple: # x (b, ...) -> largest (b,
     largest[whole], ratio[whole] = 1 / s[:, -1], s[:, 0] / s[:, -1]
     return largest, ratio
 
+# %% ../nbs/06_noise.ipynb #f6bfa1ed
 def reach(sigma:float, data:float=1.) -> float: # `data`: how far the clean data go, 1 for images; latents go further
     "How far from zero data with noise sigma go: 6 sigma beyond their own reach, at least once more that far."
     return check_number('data', data, 0, above=True) + max(data, 6 * check_number('sigma', sigma, 0))
@@ -194,13 +209,14 @@ def at_edge(x:Tensor, sigma:float=0., data:float=1.) -> Tensor: # like x
     edge = reach(sigma, data)
     return check_tensor('x', x, '...').nan_to_num(0, edge, -edge).clamp(-edge, edge)
 
-# %% ../nbs/06_noise.ipynb #38033a00
+# %% ../nbs/06_noise.ipynb #ee324b89
 _DIGITS = dict(data='digits', steps=2000, lr=7e-3, batch_size=64, average=.99, weight_decay=.1, classes=10, model=dict(
     image_size=8, channels=1, patch_size=2, dim=48, blocks=8, layers=1, head_dim=24))
 FLOWS = {**{f'digits-{sigma}': {**_DIGITS, 'sigma': sigma} for sigma in (.05, .1, .2, .4)},
          'digits-free': {**_DIGITS, 'sigma': .1, 'classes': 0},
          'mnist5k-0.2': dict(data='mnist5k', sigma=.2, steps=8000, lr=6e-3, batch_size=64, average=.999, weight_decay=.1, classes=10,
-                             shift=1, minutes=50, model=dict(image_size=28, channels=1, patch_size=4, dim=96, blocks=8, layers=1, head_dim=24)),
+                             shift=1, minutes=50,
+                             model=dict(image_size=28, channels=1, patch_size=4, dim=96, blocks=8, layers=1, head_dim=24)),
          'digits-p1-0.1': dict(data='digits', sigma=.1, steps=1500, lr=4e-3, batch_size=64, average=.99, weight_decay=.1, classes=10,
                                minutes=7, model=dict(image_size=8, channels=1, patch_size=1, dim=64, blocks=4, layers=2, head_dim=32)),
          'mnist5k-p2-0.2': dict(data='mnist5k', sigma=.2, steps=1500, lr=4e-3, batch_size=32, average=.995, weight_decay=.1, classes=10,
@@ -219,7 +235,7 @@ class Shift:
 
     def __repr__(self): return f'Shift({self.pixels})'
 
-# %% ../nbs/06_noise.ipynb #c9aad7f5
+# %% ../nbs/06_noise.ipynb #9e513ed1
 def averaging(c:dict, data, transforms, seed:int, every:int, # c: model, classes, steps, lr, batch_size, average, weight_decay
               objective=None,            # flow -> Objective; None: the likelihood
               **options):                # of `fit`, such as a schedule
@@ -228,10 +244,11 @@ def averaging(c:dict, data, transforms, seed:int, every:int, # c: model, classes
     flow = TarFlow(**c['model'], classes=c['classes']).to(c.get('device', 'cpu'))
     mean, steps = ema(flow, c['average']), c['steps']
     stream = batches(data, c['batch_size'], seed=seed, transforms=list(transforms) + [DropLabels(.1)] * bool(c['classes']))
-    for log in fit(flow, stream, objective and objective(flow), steps=steps, lr=c['lr'], warmup=steps // 20, weight_decay=c['weight_decay'], ema=mean, every=every, **options):
+    for log in fit(flow, stream, objective and objective(flow), steps=steps, lr=c['lr'], warmup=steps // 20,
+                   weight_decay=c['weight_decay'], ema=mean, every=every, **options):
         yield log['step'], mean.module.eval()
 
-# %% ../nbs/06_noise.ipynb #3f190239
+# %% ../nbs/06_noise.ipynb #68b12d32
 def train_flow(name:str,                 # one of FLOWS
                seed:int=0, steps:int=None) -> TarFlow: # fewer steps, to try it
     "Train a checkpoint of the book by its recipe; the averaged weights, with their card."
@@ -239,12 +256,15 @@ def train_flow(name:str,                 # one of FLOWS
     if steps is not None: check_whole('steps', steps)
     c, steps = FLOWS[name], FLOWS[name]['steps'] if steps is None else steps
     data = load(c['data'], image_size=c['model']['image_size'])                  # MNIST at 32: padded
-    for _, flow in averaging({**c, 'steps': steps}, data, [Shift(c.get('shift', 0)), GaussianNoise(c['sigma'])], seed, every=max(1, steps // 20)): pass
+    noise = [Shift(c.get('shift', 0)), GaussianNoise(c['sigma'])]
+    for _, flow in averaging({**c, 'steps': steps}, data, noise, seed, every=max(1, steps // 20)): pass
     return with_card(flow, c, seed, steps)
 
 def with_card(flow:TarFlow, c:dict, seed:int, steps:int, **more) -> TarFlow:
     "The flow with what is known about its training on its card: bits per dimension of the noisy density are measured."
     parts = {split: load(c['data'], split, image_size=c['model']['image_size']) for split in ('train', 'test')}
-    bits = {f'{split}_bits_per_dim': round(to_bits(mean_nll(flow, part, [GaussianNoise(c['sigma'])], batch_size=100)), 4) for split, part in parts.items()}
-    flow.card = {'data': c['data'], 'sigma': c['sigma'], 'seed': seed, 'steps': steps, **bits, 'class_names': list(parts['train'].classes) if c['classes'] else [], **more}
+    bits = {f'{split}_bits_per_dim': round(to_bits(mean_nll(flow, part, [GaussianNoise(c['sigma'])], batch_size=100)), 4)
+            for split, part in parts.items()}
+    flow.card = {'data': c['data'], 'sigma': c['sigma'], 'seed': seed, 'steps': steps, **bits,
+                 'class_names': list(parts['train'].classes) if c['classes'] else [], **more}
     return flow

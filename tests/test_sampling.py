@@ -243,8 +243,16 @@ def test_passes_are_kept_with_the_model(tmp_path, monkeypatch):
     flow.save_pretrained(tmp_path/'flow')
     again = TarFlow.from_pretrained(tmp_path/'flow')
     assert again.card['passes']['guided'] == table
-    monkeypatch.setattr(S, 'calibrate', lambda *a, **k: pytest.fail('counted again'))
+    monkeypatch.setattr(S, 'count_passes', lambda *a, **k: pytest.fail('counted again'))
     assert (S.sample(again, 3, generator=torch.Generator().manual_seed(0)) - S.sample(flow, 3, solver='sequential', generator=torch.Generator().manual_seed(0))).abs().max() < 1e-4
+
+
+def test_sampling_does_not_write_into_the_card(monkeypatch):
+    flow, counts, real = shaken(), [], S.count_passes
+    flow.card = {'sigma': .1}
+    monkeypatch.setattr(S, 'count_passes', lambda *a, **k: counts.append(1) or real(*a, **k))
+    for b in (2, 3): S.sample(flow, b, generator=torch.Generator().manual_seed(0))
+    assert flow.card == {'sigma': .1} and counts == [1]                  # counted once, and remembered beside the flow
 
 
 @pytest.mark.parametrize('quick', [1, 4, 16])

@@ -28,5 +28,5 @@ DOORS = [
     door('guided_sample', lambda tmp: dict(flow=flow('nvp', 3), n_or_y=Y), flow=FLOWS, n_or_y=[*whole(0), torch.full((2,), 3), torch.zeros(2), torch.zeros(2, 4), torch.full((2, 3), torch.nan), 'cat', [[0, 0], [1]]], guidance=GUIDANCES, generator=GENERATORS),
     door('score_guidance', lambda tmp: dict(flow=flow('nvp', 3), x=torch.zeros(2, 1, 4, 4), y=Y, gamma=.1), flow=[*FLOWS[:3], lambda good: flow()], x=[*tensor(), integers('x'), off('x', 1), off('x', 2)], y=[None, *labels(3, 2)], gamma=number()),
 ]
-INNER = {'no guidance, and the base of all': 'Guidance', 'schedules, called by a guidance': 'constant linear', 'the checks themselves': 'check_weight check_guided',
+INNER = {'no guidance, and the base of all': 'Guidance', 'schedules, called by a guidance': 'constant linear', 'the checks themselves': 'check_weight check_guided', 'a look-up in results': 'value_at',
          'a step of inverse_blocks': 'inverse_block', "experiments of the book, without arguments of a reader's own: seed and budget are checked by evidence": 'trajectory_states guidance_sweep guided_quality', 'verdicts on their results': 'judge_trajectory judge_guidance_sweep'}

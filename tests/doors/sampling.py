@@ -38,10 +38,10 @@ DOORS = [
     door('invert', lambda tmp: {**inverted(), 'grad': True}, dtype=[torch.bfloat16], flow=FLOWS, z=tokens('z'), y=labels(3, 2), guidance=GUIDANCES),
     door('trajectory', lambda tmp: inverted(), **INVERT),
     door('residual', lambda tmp: (lambda i: dict(flow=i['flow'], z=i['z'], stages=list(trajectory(**i)), y=Y, guidance=i['guidance']))(inverted()), flow=FLOWS, z=tokens('z'), stages=[None, 3, [1], 'all'], y=labels(3, 2), guidance=GUIDANCES),
-    door('calibrate', lambda tmp: dict(flow=flow('nvp', 3), b=2), flow=FLOWS, y=[v for v in labels(3, 2) if not isinstance(v, torch.Tensor) or len(v) == 2], guidance=GUIDANCES, tol=number(0), b=whole(1), seed=whole(0)),
+    *(door(name, lambda tmp: dict(flow=flow('nvp', 3), b=2), flow=FLOWS, y=[v for v in labels(3, 2) if not isinstance(v, torch.Tensor) or len(v) == 2], guidance=GUIDANCES, tol=number(0), b=whole(1), seed=whole(0)) for name in ('calibrate', 'count_passes')),
     *(door(name, lambda tmp: {k: v for k, v in inverted().items() if k != 'solver'}, flow=FLOWS, z=tokens('z'), y=labels(3, 2), guidance=GUIDANCES) for name in ('naive_inverse', 'textbook_inverse')),
 ]
-INNER = {'what sample and invert are made of, after their checks': 'Decoder walk walk_graph slide tame of_the_living ours invert_block windows_of latents labels_of noise_of on_card broken_ones redrawn',
-         'how a layer and a head step, chosen by Decoder': 'StaticCache FastLayer AnyLayer weights_of anatomy has_fast plain_head',
+INNER = {'what sample and invert are made of, after their checks': 'Decoder StepDecoder walk walk_graph step_at slide tame of_the_living ours invert_block windows_of latents labels_of noise_of on_card broken_ones redrawn',
+         'how a layer and a head step, chosen by Decoder': 'StaticCache RowLayer FastLayer layer_at AnyLayer weights_of anatomy has_fast plain_head',
          "parts of solver='auto'": 'kept_passes pass_seconds pick_windows predicted timed', 'the textbook\'s step, called by textbook_inverse': 'GrowingCache textbook_step',
          'a record': 'Stage', 'the slow definition of a loss, run beside the quick one by the benchmark': 'plain_nll'}
