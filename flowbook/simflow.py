@@ -539,8 +539,8 @@ MNIST = {**DIGITS, 'data': 'mnist5k', 'device': 'cuda', 'steps': 3000, 'lr': 1e-
                  'up_block_types': ('UpDecoderBlock2D',) * 3},
          'flow': {**DIGITS['flow'], 'image_size': 7, 'dim': 256, 'blocks': 4, 'layers': (2, 2, 2, 4), 'head_dim': 32}}
 
-# %% ../nbs/13_simflow.ipynb #a2c200e8
-def check_training(config, data, seed:int, every:int, term=None) -> Variant:
+# %% ../nbs/13_simflow.ipynb #b263b621
+def check_training(config, data, seed:int, every:int, term, kind) -> Variant:
     "ValueError for what `training` cannot use; its variant."
     if not isinstance(config, dict) or (gone := [k for k in DIGITS if k not in config and k != 'data']):
         came = f'it lacks {gone[0]}' if isinstance(config, dict) else f'{config!r} came'
@@ -553,16 +553,18 @@ def check_training(config, data, seed:int, every:int, term=None) -> Variant:
     v = VARIANTS[v] if isinstance(v, str) else v
     if isinstance(term, type) or not (term is None or callable(term)):
         raise ValueError(f'term: {term!r} came, must be a term, such as FlowNLL() or AlignedNLL(...)')
+    if not isinstance(kind, type) or not issubclass(kind, SimFlow):
+        raise ValueError(f'kind: {kind!r} came, must be SimFlow, or a class made of it')
     if odd := set(v.frozen) - {'encoder', 'decoder'}:
         raise ValueError(f"frozen: {', '.join(sorted(odd))}; 'encoder', 'decoder', or both")
     return v
 
-# %% ../nbs/13_simflow.ipynb #4d981a80
+# %% ../nbs/13_simflow.ipynb #87f4c5fb
 def training(config:dict, data, seed:int=0, every:int=25, # see DIGITS; yields (logs, the model, averaged if `average`)
              term=None,                  # in the place of `FlowNLL()`: `AlignedNLL(...)`, whose projector is trained, too
              kind:type=SimFlow):         # of the model: SimFlow, or a class that is built like it
     "Train a variant jointly, or a part alone and then the rest; the first report is step 0. With config['device'], there."
-    c, v = config, check_training(config, data, seed, every, term)
+    c, v = config, check_training(config, data, seed, every, term, kind)
     torch.manual_seed(seed)
     model = kind(c['vae'], c['flow'], v.before or v.posterior, v.norm).to(check_device('config, device', c.get('device', 'cpu')))
     def stage(v, steps, average):
