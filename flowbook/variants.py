@@ -8,7 +8,7 @@ __all__ = ['FROZEN', 'SWEPT', 'TINY', 'BIG', 'ROWS', 'NOISES', 'WIDTHS', 'POSITI
            'channel_bits', 'moderate', 'judge_sigma', 'at_sigma', 'simflow_sigma', 'beta_at', 'judge_width',
            'simflow_width', 'judge_position', 'aligned_term', 'simflow_position']
 
-# %% ../nbs/13_variants.ipynb #5ca92b0a
+# %% ../nbs/13_variants.ipynb #7308dae6
 import math
 import torch
 from torch import Tensor
@@ -17,12 +17,13 @@ from .evidence import EXPERIMENTS, Verdict, all_of, compare, detectable, experim
 from .guidance import StarGuidance
 from .metrics import reconstruction
 from .repa import Forward, Projector, encoder, shrunk
-from .simflow import DIGITS, MNIST, Additive, AlignedNLL, Mean, SimFlow, Variant, judge_of, judged_samples, psnr, spread_of, training
+from .simflow import (DIGITS, MNIST, Additive, AlignedNLL, Mean, SimFlow, Variant, judge_of, judged_samples, psnr,
+                              spread_of, training)
 
 # %% ../nbs/13_variants.ipynb #42fff1e6
 # Axis legend of this module: b batch, c h w image, d width of a latent token, n tokens, w guidance weight.
 
-# %% ../nbs/13_variants.ipynb #6ead98cc
+# %% ../nbs/13_variants.ipynb #5c9e4683
 def measured_with(c:dict) -> tuple: # -> training data, test images (b, c, h, w), statistics of the training images
     "What a sweep is measured with; the judge of digits sees images of 8x8."
     data = load(c['data'])
@@ -42,9 +43,11 @@ def measured(model:SimFlow, image:Tensor, reference, c:dict, seed:int) -> dict:
     e = torch.randn(len(image), model.posterior.draws(model.N), generator=source(2))
     xhat = torch.cat([model.decode(model.latent(i.to(device), z).x).cpu() for i, z in zip(image.split(250), e.split(250))])
     mean = torch.cat([model.reconstruct(i.to(device)).cpu() for i in image.split(250)])
-    return {**plain, 'w': best, **{f'{k}_guided': v for k, v in guided.items()}, 'curve': curve, 'psnr': psnr(image, xhat), 'psnr_mean': psnr(image, mean),
+    return {**plain, 'w': best, **{f'{k}_guided': v for k, v in guided.items()}, 'curve': curve, 'psnr': psnr(image, xhat),
+            'psnr_mean': psnr(image, mean),
             'rfid': reconstruction(shrunk(image), shrunk(xhat), 'rfid', 'digits')['rfid'], **spread_of(model, image[:500].to(device))}
 
+# %% ../nbs/13_variants.ipynb #fdf43042
 def swept(c:dict, seed:int, rows:dict, term=lambda name: None) -> dict: # rows: name -> what changes in the configuration
     "One training a row, from the same seed and on the same batches; all measured alike."
     (data, image, reference), out = measured_with(c), {}
@@ -53,7 +56,7 @@ def swept(c:dict, seed:int, rows:dict, term=lambda name: None) -> dict: # rows: 
         out[name] = measured(model, image, reference, c, seed)
     return out
 
-# %% ../nbs/13_variants.ipynb #44869fca
+# %% ../nbs/13_variants.ipynb #0133894e
 def smaller(a, b,                # FIDs, one a seed
             names:tuple) -> Verdict: # what a and b are called
     "The verdict on the claim that a is lower than b, for numbers that differ by a factor: `lower` on their logarithms."
@@ -62,17 +65,21 @@ def smaller(a, b,                # FIDs, one a seed
     logs = [[math.log(v) for v in values] for values in (a, b)]
     v, k = lower(*logs, names), compare(*logs)
     said = f'{names[0]} {summary(a)}, {names[1]} {summary(b)}: a factor of {math.exp(k.diff):.3g}'
-    if v.state == 'not judged': return Verdict(v.state, f'{said}; {power_statement(k)}')
+    if v.state != 'not judged': said += f', 95% interval {math.exp(k.low):.3g} to {math.exp(k.high):.3g}, {k.agree} of {k.n} seeds agree'
+    else: return Verdict(v.state, f'{said}; {power_statement(k)}')
     if v.state == 'not seen': return Verdict(v.state, f'{said}; {k.n} seeds, spread of the logarithm {k.sd:.2g}: '
         f'a factor of {math.exp(detectable(k.sd, k.n)):.3g} is seen in 80% of repetitions, a smaller one may be there')
-    return Verdict(v.state, f'{said}, 95% interval {math.exp(k.low):.3g} to {math.exp(k.high):.3g}, {k.agree} of {k.n} seeds agree')
+    return Verdict(v.state, said)
 
-def column(results:list, row:str, key:str) -> list: return [r[row][key] for r in results]
+def column(results:list, row:str, key:str) -> list:
+    "One number a seed: a figure of a row."
+    return [r[row][key] for r in results]
 
 def fid_smaller(results:list, a:str, b:str, key:str='fid', share:float=1.) -> Verdict: # share: b times this
     "Whether row a has the lower FID than row b."
     beside = f'{b}' if share == 1 else f'{share:g} times {b}'
-    return smaller(column(results, a, key), [share * v for v in column(results, b, key)], (f'FID {"at the best w" if key == "fid_guided" else "unguided"}, {a}', beside))
+    return smaller(column(results, a, key), [share * v for v in column(results, b, key)],
+                   (f'FID {"at the best w" if key == "fid_guided" else "unguided"}, {a}', beside))
 
 # %% ../nbs/13_variants.ipynb #8bcc6436
 FROZEN = 'frozen vae, learned', 'frozen vae, fixed', 'frozen vae, fixed, norm'
@@ -85,16 +92,21 @@ def judge_variants(results):
     return {'S13': Verdict(s13.state, f'{s13.reason}; not judged: strictly below noise {strict.state}'),
             'S16': Verdict(s16.state, f'{s16.reason}; not judged: {norm.reason} ({norm.state})')}
 
-# %% ../nbs/13_variants.ipynb #a9b81752
-def wide(d:int, c:dict=DIGITS) -> dict: # latent width -> what changes in a configuration
+# %% ../nbs/13_variants.ipynb #f74a4d9f
+def wide(d:int, c:dict=DIGITS) -> dict: # d: width of a latent token
+    "What changes in a configuration for another latent width."
     check_whole('d', d)
-    if not isinstance(c, dict) or not {'vae', 'flow'} <= c.keys(): raise ValueError(f'c: {type(c).__name__} came, must be a configuration with vae and flow, such as DIGITS')
+    if not isinstance(c, dict) or not {'vae', 'flow'} <= c.keys():
+        raise ValueError(f'c: {type(c).__name__} came, must be a configuration with vae and flow, such as DIGITS')
     return {'vae': {**c['vae'], 'latent_channels': d}, 'flow': {**c['flow'], 'channels': d}}
 
-SWEPT = {**DIGITS, **wide(16), 'steps': 600, 'before': 400, 'batch_size': 32, 'average': .98, 'ws': [.5, 1., 2.], 'samples': 1000, 'digits': 360}   # 25 seconds a training
+# 25 seconds a training
+SWEPT = {**DIGITS, **wide(16), 'steps': 600, 'before': 400, 'batch_size': 32, 'average': .98, 'ws': [.5, 1., 2.], 'samples': 1000,
+         'digits': 360}
 TINY = {**SWEPT, 'steps': 2, 'before': 2, 'ws': [1.], 'samples': 20, 'digits': 20}
 BIG = {**MNIST, **wide(16, MNIST), 'ws': SWEPT['ws'], 'samples': 4000, 'digits': 1000}
-ROWS = ['fixed', 'fixed, no norm', 'noise', 'learned', 'frozen encoder, noise', 'frozen vae, fixed, norm', 'frozen vae, fixed', 'frozen vae, learned']
+ROWS = ['fixed', 'fixed, no norm', 'noise', 'learned', 'frozen encoder, noise', 'frozen vae, fixed, norm', 'frozen vae, fixed',
+        'frozen vae, learned']
 
 @experiment('simflow_variants', claims=('S13', 'S16'), verdict=judge_variants, seeds={'smoke': 1, 'laptop': 3, 'gpu': 3},
             title='frozen or end to end, fixed variance, noise or a learned one, with the norm and without: reconstruction and samples',
@@ -104,9 +116,11 @@ def simflow_variants(seed, budget):
     c = EXPERIMENTS['simflow_variants'].config[budget]
     return swept(c, seed, {name: {'variant': name} for name in c['rows']})
 
-# %% ../nbs/13_variants.ipynb #55414df3
-@experiment('simflow_weight', seeds={'smoke': 1, 'laptop': 3, 'gpu': 3}, title='end to end with the fixed variance, by the weight of the reconstruction: a control for S13, judged by none',
-            config={'smoke': {**TINY, 'weights': [2.]}, 'laptop': {**SWEPT, 'weights': [2., 4., 8.]}, 'gpu': {**BIG, 'weights': [.5, 2., 4., 8.]}})
+# %% ../nbs/13_variants.ipynb #4d5b2bbd
+@experiment('simflow_weight', seeds={'smoke': 1, 'laptop': 3, 'gpu': 3},
+            title='end to end with the fixed variance, by the weight of the reconstruction: a control for S13, judged by none',
+            config={'smoke': {**TINY, 'weights': [2.]}, 'laptop': {**SWEPT, 'weights': [2., 4., 8.]},
+                    'gpu': {**BIG, 'weights': [.5, 2., 4., 8.]}})
 def simflow_weight(seed, budget):
     "Seeds, batches and steps as in `simflow_variants`, whose row 'fixed' is weight 1."
     c = EXPERIMENTS['simflow_weight'].config[budget]
@@ -118,7 +132,7 @@ def channel_bits(sigma:float, power:float=1.) -> float: # standard deviation of 
     check_number('sigma', sigma, 0, above=True); check_number('power', power, 0)
     return .5 * math.log2(1 + power / sigma**2)
 
-# %% ../nbs/13_variants.ipynb #af8adb08
+# %% ../nbs/13_variants.ipynb #0ac94ad2
 def moderate(results:list, names, key:str='fid_guided') -> list: # one number a seed
     "The figure of the row of `names` that was best on the samples for choosing, seed by seed."
     return [r[min(names, key=lambda k: min(r[k]['curve'].values()))][key] for r in results]
@@ -126,14 +140,18 @@ def moderate(results:list, names, key:str='fid_guided') -> list: # one number a 
 def judge_sigma(results):
     "The verdict on S11: the better of 0.5 and 0.75 against both ends, each at its best w."
     middle = moderate(results, ('0.5', '0.75'))
-    ends = [smaller(middle, column(results, k, 'fid_guided'), ('FID at the best w, the better of sigma 0.5 and 0.75', f'sigma {k}')) for k in ('0.1', '1')]
+    ends = [smaller(middle, column(results, k, 'fid_guided'), ('FID at the best w, the better of sigma 0.5 and 0.75', f'sigma {k}'))
+            for k in ('0.1', '1')]
     best = [min(r, key=lambda k: min(r[k]['curve'].values())) for r in results]
     falls = lower(column(results, '1', 'psnr'), column(results, '0.1', 'psnr'), ('PSNR at sigma 1', 'at 0.1'), 'dB')
     v = all_of(*ends)
-    return {'S11': Verdict(v.state, f"{v.reason}; lowest at sigma {', '.join(best)}, seed by seed; not judged: {falls.reason} ({falls.state})")}
+    beside = f'{falls.reason} ({falls.state})'
+    return {'S11': Verdict(v.state, f"{v.reason}; lowest at sigma {', '.join(best)}, seed by seed; not judged: {beside}")}
 
-# %% ../nbs/13_variants.ipynb #69bbd2c1
-def at_sigma(sigma:str) -> dict: return {'variant': Variant(Mean(Additive(float(sigma))))}
+# %% ../nbs/13_variants.ipynb #d041f33c
+def at_sigma(sigma:str) -> dict:
+    "What changes in a configuration for another fixed standard deviation."
+    return {'variant': Variant(Mean(Additive(float(sigma))))}
 
 NOISES = ['0.1', '0.25', '0.5', '0.75', '1']
 
@@ -151,29 +169,36 @@ def beta_at(d:int, weight:float=1., pixels:int=64, n:int=16) -> float: # width; 
     check_whole('d', d); check_number('weight', weight, 0, above=True); check_whole('pixels', pixels); check_whole('n', n)
     return pixels / (n * d * weight)
 
-# %% ../nbs/13_variants.ipynb #8b28c2d9
+# %% ../nbs/13_variants.ipynb #2d81e26e
 def judge_width(results):
     "The verdict on S10, at weight 1: PSNR rises from width to width, and the best of the inner widths is ahead of both ends."
     shared = [r['weight 1'] for r in results]
     ds = list(shared[0])
-    rises = [lower(column(shared, a, 'psnr'), column(shared, b, 'psnr'), (f'PSNR at width {a}', f'at {b}'), 'dB') for a, b in zip(ds, ds[1:])]
+    rises = [lower(column(shared, a, 'psnr'), column(shared, b, 'psnr'), (f'PSNR at width {a}', f'at {b}'), 'dB')
+             for a, b in zip(ds, ds[1:])]
     middle = moderate(shared, ds[1:-1])
-    ends = [smaller(middle, column(shared, k, 'fid_guided'), ('FID at the best w, the best inner width', f'width {k}')) for k in (ds[0], ds[-1])]
+    ends = [smaller(middle, column(shared, k, 'fid_guided'), ('FID at the best w, the best inner width', f'width {k}'))
+            for k in (ds[0], ds[-1])]
     best = lambda rows: ', '.join(min(r, key=lambda k: min(r[k]['curve'].values())) for r in rows)
     v = all_of(*ends, *rises)
-    return {'S10': Verdict(v.state, f"{v.reason}; lowest at width {best(shared)}, seed by seed; not judged: at one beta lowest at {best([r['one beta'] for r in results])}")}
+    one = best([r['one beta'] for r in results])
+    return {'S10': Verdict(v.state, f"{v.reason}; lowest at width {best(shared)}, seed by seed; not judged: at one beta lowest at {one}")}
 
-# %% ../nbs/13_variants.ipynb #857c18fe
+# %% ../nbs/13_variants.ipynb #9f108513
 WIDTHS = [8, 16, 32, 64]
 
 @experiment('simflow_width', claims=('S10',), verdict=judge_width, seeds={'smoke': 1, 'laptop': 3, 'gpu': 3},
             title='the width of the latents, with all weights 1 and at one beta: reconstruction and samples',
-            config={'smoke': {**TINY, 'widths': [8, 16, 24], 'base': 16}, 'laptop': {**SWEPT, 'widths': WIDTHS, 'base': 16}, 'gpu': {**BIG, 'widths': WIDTHS, 'base': 16}})
+            config={'smoke': {**TINY, 'widths': [8, 16, 24], 'base': 16}, 'laptop': {**SWEPT, 'widths': WIDTHS, 'base': 16},
+                    'gpu': {**BIG, 'widths': WIDTHS, 'base': 16}})
 def simflow_width(seed, budget):
     "S10: Table 3; the base has the same weights in both halves and is trained once."
     c = EXPERIMENTS['simflow_width'].config[budget]
-    out = swept(c, seed, {f'{d} {k}': {**wide(d, c), 'weight': w} for d in c['widths'] for k, w in (('', 1.), ('beta', c['base'] / d)) if not (k and d == c['base'])})
-    return {'weight 1': {str(d): out[f'{d} '] for d in c['widths']}, 'one beta': {str(d): out[f'{d} ' if d == c['base'] else f'{d} beta'] for d in c['widths']}}
+    rows = {f'{d} {k}': {**wide(d, c), 'weight': w} for d in c['widths'] for k, w in (('', 1.), ('beta', c['base'] / d))
+            if not (k and d == c['base'])}
+    out = swept(c, seed, rows)
+    return {'weight 1': {str(d): out[f'{d} '] for d in c['widths']},
+            'one beta': {str(d): out[f'{d} ' if d == c['base'] else f'{d} beta'] for d in c['widths']}}
 
 # %% ../nbs/13_variants.ipynb #a435e919
 def judge_position(results):
@@ -183,16 +208,18 @@ def judge_position(results):
     late = fid_smaller(results, 'none', 'last', 'fid_guided')
     return {'S15': Verdict(v.state, f'{v.reason}; not judged: {harm.reason} ({harm.state}); {late.reason} ({late.state})')}
 
-# %% ../nbs/13_variants.ipynb #4e7266ea
+# %% ../nbs/13_variants.ipynb #0f6c532e
 POSITIONS = {'none': None, 'first': 1, 'middle': 2, 'last': 4}
-ALIGNED_AT = {'flow': {**SWEPT['flow'], 'blocks': 4, 'layers': [1, 1, 1, 2]}, 'places': POSITIONS, 'how': {'layer': 1, 'lam': 1., 'hidden': 256, 'encoder': 'digits'}}
+ALIGNED_AT = {'flow': {**SWEPT['flow'], 'blocks': 4, 'layers': [1, 1, 1, 2]}, 'places': POSITIONS,
+              'how': {'layer': 1, 'lam': 1., 'hidden': 256, 'encoder': 'digits'}}
 
 def aligned_term(c:dict, seed:int, block): # None: no alignment
     "The flow's term with one aligned block; its projector starts alike at every place."
     if block is None: return None
     torch.manual_seed(seed)
     look = encoder(c['how']['encoder'], (c['flow']['image_size'],) * 2, device=check_device('device', c.get('device', 'cpu')))
-    return AlignedNLL(Forward([(block, c['how']['layer'])]), look, Projector(c['flow']['dim'], look.width, c['how']['hidden']), c['how']['lam'])
+    return AlignedNLL(Forward([(block, c['how']['layer'])]), look, Projector(c['flow']['dim'], look.width, c['how']['hidden']),
+                      c['how']['lam'])
 
 @experiment('simflow_position', claims=('S15',), verdict=judge_position, seeds={'smoke': 1, 'laptop': 3, 'gpu': 5},
             title='REPA-E on the first, a middle or the last block, or on none: reconstruction and samples',

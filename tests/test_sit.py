@@ -7,8 +7,8 @@ import torch
 from flowbook.data import batches, load
 from flowbook.evidence import as_json, EXPERIMENTS, refuse_nan
 from flowbook.flows import shake
-from flowbook.sit import diffusion_joint, DIGITS_SIT, guided, judge_diffusion, line, ode, paper_diffusion, SimDiffusion, Sit, train_sit, Velocity, velocity_terms, XL
-from flowbook.simflow import Additive, DrawNoise, Entropy, FlowNLL, freeze, Joint, Learned, Mean, Reconstruction, SimFlow, Unperturbed, VARIANTS
+from flowbook.sit import diffusion_joint, DIGITS_SIT, guided, judge_diffusion, line, ode, paper_diffusion, SimDiffusion, Sit, train_sit, Velocity, XL
+from flowbook.simflow import Additive, DrawNoise, Entropy, freeze, Joint, Learned, Mean, Reconstruction, SimFlow, Unperturbed, VARIANTS
 from flowbook.train import fit
 
 f64 = torch.float64
@@ -187,6 +187,32 @@ def test_latent_is_that_of_simflow_and_the_rest_is_for_the_line(kind):
     assert m.latent(image).t.shape == (500,)                                     # or drawn there
 
 
+def as_diffusers(sit): # patch size 1
+    "diffusers' network of the same kind, with the weights of ours."
+    from diffusers import DiTTransformer2DModel
+    c = sit.config
+    m = DiTTransformer2DModel(c['dim'] // c['head_dim'], c['head_dim'], c['channels'], num_layers=c['layers'], norm_num_groups=1, sample_size=c['image_size'], patch_size=1,
+                              activation_fn='gelu', num_embeds_ada_norm=c['classes']).to(sit.pos_embed).eval().requires_grad_(False)
+    m.pos_embed.pos_embed, m.norm_out.eps = sit.pos_embed[None], sit.norm.eps
+    pairs = [(m.pos_embed.proj, sit.proj_in), (m.proj_out_1, sit.modulation.linear), (m.proj_out_2, sit.proj_out)]
+    for a, b in zip(m.transformer_blocks, sit.layers):
+        emb, (q, k, v) = a.norm1.emb, (a.attn1.to_q, a.attn1.to_k, a.attn1.to_v)
+        a.norm1.norm.eps, emb.time_proj.downscale_freq_shift = b.norm.eps, 0
+        pairs += [(emb.timestep_embedder.linear_1, sit.time.mlp[0]), (emb.timestep_embedder.linear_2, sit.time.mlp[2]), (emb.class_embedder.embedding_table, sit.embed),
+                  (a.norm1.linear, b.modulation.linear), (a.attn1.to_out[0], b.attn.proj), (a.ff.net[0].proj, b.mlp.up), (a.ff.net[2], b.mlp.down)]
+        for part, w, bias in zip((q, k, v), b.attn.qkv.weight.chunk(3), b.attn.qkv.bias.chunk(3)): part.weight.data, part.bias.data = w, bias
+    for theirs, ours in pairs:
+        for name, value in ours.named_parameters(): getattr(theirs, name).data = value.view_as(getattr(theirs, name))
+    return m
+
+
+def test_network_against_diffusers():
+    sit = sit64(channels=3, dim=32, layers=3, classes=5)
+    x, t, y = torch.randn(4, 3, 4, 4, dtype=f64), torch.rand(4, dtype=f64), torch.tensor([0, -1, 4, 2])
+    theirs = as_diffusers(sit)(x, 1000 * t, torch.where(y < 0, 5, y)).sample         # its null class is the last row, too
+    assert sit(x, t, y).std() > .1 and (sit(x, t, y) - theirs).abs().max() < 1e-4    # it takes its sines in float32, of angles up to 1000
+
+
 def test_velocity_term_by_hand():
     m, image = model().double(), torch.randn(3, 1, 8, 8, dtype=f64)
     m.unit.fill_(2.)
@@ -201,7 +227,7 @@ def test_velocity_term_by_hand():
 
 def test_one_backward_pass_reaches_encoder_decoder_and_sit():
     m, image = model(), torch.randn(4, 1, 8, 8)
-    Joint(*velocity_terms(VARIANTS['fixed']))(m, image, torch.tensor([0, 1, 2, -1]))
+    Joint(Reconstruction(1), Velocity())(m, image, torch.tensor([0, 1, 2, -1]))
     silent = [k for k, p in m.named_parameters() if p.grad is None or not p.grad.any()]
     assert not silent, silent                                                    # there is no idle flow left in it, either
 
@@ -222,13 +248,6 @@ def test_gradient_is_that_of_finite_differences():
         term(m, image, y, e)
 
 
-def test_terms():
-    for name, v in VARIANTS.items():
-        kinds = [t[1] if isinstance(t, tuple) else t for t in velocity_terms(v)]
-        assert not any(isinstance(k, FlowNLL) for k in kinds) and any(isinstance(k, Velocity) for k in kinds) == v.flow, name
-        assert any(isinstance(k, Entropy) for k in kinds) == (bool(v.entropy) if v.flow else isinstance(v.posterior, Learned))
-
-
 def test_without_classes():
     m = model(classes=0)
     Joint(Reconstruction(), Velocity())(m, torch.randn(3, 1, 8, 8), torch.tensor([0, 1, 2]))
@@ -242,7 +261,7 @@ TINY = dict(DIGITS_SIT, vae=VAE, flow={**FLOW, 'classes': 10}, steps=2, before=3
 def test_variants_train(variant):
     (first, before), *_, (last, after) = [(logs, {k: v.clone() for k, v in m.state_dict().items()}) for logs, m in train_sit({**TINY, 'variant': variant, 'average': 0.}, every=1)]
     v, moved = VARIANTS[variant], {k.split('.')[0] for k in after if not torch.equal(before[k], after[k])}
-    assert first == {'step': 0} and last['step'] == 2 and 'velocity' in last
+    assert first == {'step': 0} and last['step'] == 2 and 'velocity' in last and 'nll' not in last and ('minus entropy' in last) == bool(v.entropy)
     assert moved == {'encoder', 'decoder', 'flow'} - set(v.frozen)
     assert (before['unit'] == 1) == (not v.frozen) and after['unit'] == before['unit']
 

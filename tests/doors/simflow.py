@@ -105,7 +105,7 @@ DOORS = [
     door('terms_of', lambda tmp: dict(v=S().Variant(), p=1, weight=1.), v=['fixed', None, 3], p=[0, 3, 'a']),
     door('freeze', lambda tmp: dict(modules=[torch.nn.Linear(2, 2)]), modules=[['encoder'], [None], [torch.zeros(2)]]),
     door('DrawNoise', lambda tmp: dict(m=3), m=whole(0)),
-    door('training', lambda tmp: dict(config=config(), data=data(), seed=0, every=1, term=S().FlowNLL()), config=[*NO_CONFIG, lambda good: good['config'] | {'device': 'nothing'}], data=['digits', None, 3, IMAGE], seed=whole(0), every=whole(), term=['nll', 3, lambda good: S().FlowNLL]),
+    door('training', lambda tmp: dict(config=config(), data=data(), seed=0, every=1, term=S().FlowNLL(), kind=S().SimFlow), config=[*NO_CONFIG, lambda good: good['config'] | {'device': 'nothing'}], data=['digits', None, 3, IMAGE], seed=whole(0), every=whole(), term=['nll', 3, lambda good: S().FlowNLL], kind=['SimFlow', None, 3, torch.nn.Linear]),
     door('train_simflow', lambda tmp: dict(config=config(), data=data(), seed=0), config=[*NO_CONFIG, gone('config', 'data')], data=['digits', 3, IMAGE], seed=whole(0)),
     door('spread_of', lambda tmp: dict(model=model(), image=IMAGE), model=NO_MODEL, image=[*IMAGES, IMAGE[:1]]),
     door('psnr', lambda tmp: dict(image=IMAGE, xhat=IMAGE * .5), image=[*tensor(), IMAGE.to(torch.uint8), IMAGE[0], IMAGE[:2]], xhat=[*tensor(), IMAGE.to(torch.uint8), IMAGE[0], IMAGE[:2]]),
@@ -122,7 +122,7 @@ DOORS = [
     door('autocorrelation', lambda tmp: dict(x=X, lag=1), x=STATISTICS, lag=whole(1, 15)),
 ]
 INNER = {
-    'checks, which the doors above call': 'check_perturb check_model check_image check_latents',
+    'checks, which the doors above call': 'check_perturb check_model check_image check_latents check_training',
     'records': 'Latent Size Pass Variant',
     'without arguments': 'Unperturbed TokenNorm FlowNLL Entropy NormalNLL',
     'layers that AdaTarFlow builds, and their forms for the samplers': 'NullEmbedding modulate Modulation AdaLayer AdaBlock class_vectors FastAdaLayer ada_head chained',

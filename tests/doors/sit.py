@@ -54,7 +54,6 @@ DOORS = [
          batch_size=[v for v in whole() if v is not None], decode=flag(), says={}),
     named(door('SimDiffusion.from_pretrained', lambda tmp: dict(name=saved(tmp, model())), of=lambda tmp: S().SimDiffusion), 'nowhere', 'digits-vae', 'digits-0.1', 'digits-simflow'),
     door('paper_diffusion', lambda tmp: dict(d=64, image_size=256, classes=10), of=on_meta, d=whole(), image_size=[*whole(), 100], classes=whole(0)),
-    door('velocity_terms', lambda tmp: dict(v=S().Variant(), p=1, weight=1.), v=['fixed', None, 3], p=[0, 3, 'a']),
     door('train_sit', lambda tmp: dict(config=config(), data=data(), seed=0, every=1), config=NO_CONFIG, data=['digits', 3, IMAGE], seed=whole(0), every=whole()),
 ]
 INNER = {
