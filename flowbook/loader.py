@@ -148,14 +148,14 @@ class Reader:
         for t in self.transforms: batch = t(batch)
         return batch
 
-# %% ../nbs/15_loader.ipynb #cd150b71
+# %% ../nbs/15_loader.ipynb #a9c05e35
 def as_it_is(got): return got      # no lambda: a spawned worker must find it by name
 
 class Begin:
     "What a worker does first: leave signals to the trainer, and die with it."
     def __init__(self, parent:int|None): self.parent = parent
     def __call__(self, worker):
-        for name in ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGUSR2'):
+        for name in ('SIGINT', 'SIGHUP', 'SIGTERM', 'SIGUSR1', 'SIGUSR2'):
             if hasattr(signal, name): signal.signal(getattr(signal, name), signal.SIG_IGN)
         if self.parent is not None and sys.platform == 'linux':
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)             # PR_SET_PDEATHSIG
@@ -172,6 +172,7 @@ def start_workers(reader:Reader, line:Line, workers:int, prefetch:int, pin:bool,
     parent = os.getpid() if threading.current_thread() is threading.main_thread() else None
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='.*multi-threaded.*fork.*')
+        warnings.filterwarnings('ignore', message='This DataLoader will create')   # the head of a run says it, once, and names the option
         # a generator of its own: a DataLoader draws its seed, and the run's random numbers must not depend on that
         return iter(DataLoader(reader, batch_size=None, sampler=line, num_workers=workers, prefetch_factor=prefetch, pin_memory=pin, collate_fn=as_it_is,
                                worker_init_fn=Begin(parent), multiprocessing_context=context, generator=torch.Generator()))

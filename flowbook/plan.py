@@ -124,7 +124,7 @@ def rank_memory(c:Config, world:int) -> dict:
             'average': (s.room + s.rest + s.frozen) * bool(c.optim.ema), 'gathered': gathered(s)}
     return {k: v for k, v in {**out, **real}.items() if v}
 
-# %% ../nbs/15_plan.ipynb #346d7e6e
+# %% ../nbs/15_plan.ipynb #7120833b
 ROOM = .95                               # of the card's memory: the rest is the runtime's
 
 class Problem(NamedTuple):
@@ -176,8 +176,7 @@ def problems_here(c:Config, world:int, device) -> list: # device: of this proces
     "What a plan says of the GPU that is really there: before the first step, and before a group is joined."
     if torch.device(device).type != 'cuda': return []
     card = torch.cuda.get_device_properties(device)
-    like = [k for k, g in GPUS.items() if k.split('-')[0] == 'RTX' and '4090' in card.name or k.split('-')[0] in card.name]
-    like = [k for k in like if abs(GPUS[k].memory * 2**30 / card.total_memory - 1) < .2]
+    like = [k for k, g in GPUS.items() if k.removesuffix('-40').split('-')[-1] in card.name and abs(g.memory * 2**30 / card.total_memory - 1) < .2]
     return batch_problems(c, world) or does_not_fit(c, world, card.name, card.total_memory, like[0] if like else None)
 
 # %% ../nbs/15_plan.ipynb #835ba35a
