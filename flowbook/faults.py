@@ -18,8 +18,8 @@ from .data import check_number, check_whole
 # %% ../nbs/15_faults.ipynb #a3f08dfb
 # Time is in hours in this module, but for names that say otherwise; a "failure" ends the whole job, on however many GPUs it runs.
 
-# %% ../nbs/15_faults.ipynb #bc7efe71
-GPU_DAYS = 54 * 16384 / 419              # days of one GPU for each unexpected interruption: Llama 3, section 3.3.4
+# %% ../nbs/15_faults.ipynb #6213e705
+GPU_DAYS = 54 * 16384 / 419              # days of one GPU for each unexpected interruption, at most: Llama 3, section 3.3.4 ("up to" 16,384 GPUs)
 
 def between(gpus:int, gpu_days:float=GPU_DAYS) -> float:
     "Mean hours from one failure of a job to the next, on so many GPUs."
@@ -223,16 +223,16 @@ def compare(calm, rough, steps:int, log:list, tell) -> None:
     seen = [l['step'] for l in log if 'loss' in l]
     tell('the log', f'{len(seen)} lines for {steps} steps', seen == list(range(1, steps + 1)))
 
-# %% ../nbs/15_faults.ipynb #5a24e533
+# %% ../nbs/15_faults.ipynb #73914037
 def main(argv=None) -> list:
     "`python -m flowbook.faults FOLDER`."
     import argparse
     p = argparse.ArgumentParser('python -m flowbook.faults', description='Break a small run in five ways, on one node, and see whether anything is lost.')
     p.add_argument('folder', help='where the long run will write')
     p.add_argument('--config', help='another one than a flow of two blocks for digits: digits-NAME or mnist5k-NAME')
-    p.add_argument('--steps', type=int, default=120)
+    p.add_argument('--steps', type=int, default=120, help='of each of the two runs, 60 or more (default: %(default)s)')
     p.add_argument('--processes', type=int, default=1, help='under torchrun, if more than one (default: %(default)s)')
-    p.add_argument('--device', default='auto')
+    p.add_argument('--device', default='auto', help='auto, cpu or cuda (default: %(default)s)')
     a = p.parse_args(argv)
     return drill(a.folder, **({'config': a.config, 'overrides': ()} if a.config else {}), steps=a.steps, processes=a.processes, device=a.device)
 

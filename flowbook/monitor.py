@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LONGEST', 'SHOWN', 'PEAKS', 'plain', 'parsed', 'set_aside', 'now', 'flat', 'open_board', 'Journal', 'line',
            'duration', 'read_log', 'peak', 'memory', 'Speed', 'as_flow', 'wide', 'Sums', 'block_stats', 'groups',
-           'norms', 'filled', 'check_model', 'at_rest', 'drawn', 'grid', 'quality', 'plot_run']
+           'norms', 'filled', 'check_model', 'at_rest', 'drawn', 'grid', 'quality', 'plot_run', 'summary', 'main']
 
 # %% ../nbs/15_monitor.ipynb #85b769b3
 import datetime, json, math, os, re, sys, time, warnings
@@ -442,21 +442,52 @@ def quality(model:nn.Module, reference, # Statistics, their file, a dataset, a f
     device = next(model.parameters()).device if device is None else device
     return evaluate(drawn(model, n, seed, batch_size=batch_size, **how), reference, metrics, extractor, batch_size=batch_size, device=device, on_broken='drop')
 
-# %% ../nbs/15_monitor.ipynb #d3e6ed3a
+# %% ../nbs/15_monitor.ipynb #2094286b
 def plot_run(folder):
     "Loss, gradient norm and speed of a run over its steps, FID where it was measured; dotted lines where it was resumed. The figure."
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogFormatter
     log, resumed = read_log(folder), [e['step'] for e in read_log(folder, events=True) if e['event'] == 'resumed']
     is_number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)      # a log may say anything; a curve has numbers
-    kinds = [('loss', 'loss', {}), ('grad_norm', 'gradient norm', {'yscale': 'log'}), ('images_per_s', 'images/s', {'ylim': (0, None)}), ('fid', 'FID', {})]
+    kinds = [('loss', 'loss', 'nats a dimension, as trained', {}), ('grad_norm', 'gradient', 'norm', {'yscale': 'log'}),
+             ('images_per_s', 'speed', 'images a second', {'ylim': (0, None)}), ('fid', 'FID', 'FID', {})]
     kinds = [k for k in kinds if any(is_number(r.get(k[0])) for r in log)]
     if not kinds: raise ValueError(f'folder: the log in {folder} has no report with loss, grad_norm, images_per_s or fid yet')
-    fig, axs = plt.subplots(1, len(kinds), figsize=(2.6 * len(kinds), 2.2), squeeze=False)
-    for ax, (key, label, how) in zip(axs[0], kinds):
+    fig, axs = plt.subplots(1, len(kinds), figsize=(2.7 * len(kinds), 2.3), squeeze=False, constrained_layout=True)
+    for ax, (key, title, unit, how) in zip(axs[0], kinds):
         rows = [r for r in log if is_number(r.get(key))]
         ax.plot([r['step'] for r in rows], [r[key] for r in rows], 'ko-' if key == 'fid' else 'k-', lw=1, ms=3)
-        for s in resumed: ax.axvline(s, color='C1', ls=':', lw=1)
-        ax.set(xlabel='step', title=label, **how)
+        for s in resumed: ax.axvline(s, color='.4', ls=':', lw=1)
+        ax.set(xlabel='step' + ' (dotted: resumed)' * bool(resumed), ylabel=unit, title=title, **how)
         if how.get('yscale') == 'log': ax.yaxis.set_major_formatter(LogFormatter()); ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, .4)))
     return fig
+
+# %% ../nbs/15_monitor.ipynb #c596faab
+def summary(folder) -> str:
+    "The newest report of a run, and its events, for people."
+    log, events = read_log(folder), read_log(folder, events=True)
+    if not log: raise ValueError(f'folder: the log in {folder} has no report yet')
+    newest = log[-1]
+    seen = {e['event']: f'{e["event"]} at step {e["step"]:,}' for e in events if e['event'] != 'image'}     # of each kind, the last
+    return '\n'.join([f'{newest.get("time", "")}  {line(newest)}', *[f'  {words}' for words in seen.values()]])
+
+def main(argv=None) -> Path:
+    "`python -m flowbook.monitor RUN`: its picture, and its newest report."
+    import argparse
+    p = argparse.ArgumentParser('python -m flowbook.monitor', description='The picture of a run, also while it goes on, and its newest report.')
+    p.add_argument('run', help="the run's folder, which holds log.jsonl")
+    p.add_argument('--out', help='where the picture goes (default: RUN/run.png)')
+    a = p.parse_args(argv)
+    import matplotlib
+    matplotlib.use('agg')                                                        # a shell on a cluster has no screen
+    print(summary(a.run))
+    path = Path(a.out or Path(a.run)/'run.png')
+    plot_run(a.run).savefig(path, dpi=150)
+    print(f'wrote {path}')
+    return path
+
+# %% ../nbs/15_monitor.ipynb #14f4ac26
+#| eval: false
+if __name__ == '__main__' and '__file__' in globals():
+    try: main()
+    except (ValueError, OSError) as e: sys.exit(f'monitor: {e}')

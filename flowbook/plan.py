@@ -179,7 +179,7 @@ def problems_here(c:Config, world:int, device) -> list: # device: of this proces
     like = [k for k, g in GPUS.items() if k.removesuffix('-40').split('-')[-1] in card.name and abs(g.memory * 2**30 / card.total_memory - 1) < .2]
     return batch_problems(c, world) or does_not_fit(c, world, card.name, card.total_memory, like[0] if like else None)
 
-# %% ../nbs/15_plan.ipynb #835ba35a
+# %% ../nbs/15_plan.ipynb #eebe4629
 def data_problems(c:Config) -> list:
     "Is there something to read, and does it have the classes of the configuration?"
     from flowbook.data import DATASETS
@@ -191,6 +191,7 @@ def data_problems(c:Config) -> list:
     if not root.is_dir(): return [Problem('data', f'there is no folder {d.root} on this machine', 'the machines that train need it', stops=False)]
     inside = root/'train' if (root/'train').is_dir() else root
     classes = sum(1 for f in os.scandir(inside) if f.is_dir() and not f.name.startswith('.'))
+    if classes == 1: return [Problem('labels', f'{d.root} has one subfolder: no labels, and so no guidance by class', 'one subfolder a class', stops=False)]
     if not classes: return [Problem('data', f'{d.root} has no subfolders', 'one subfolder a class (one is enough), with images in it')]
     if d.classes and classes != d.classes: return [Problem('data', f'{d.root} has {classes} classes, the configuration {d.classes}', f'data.classes={classes}; --root does this by itself')]
     return []
@@ -200,13 +201,14 @@ def other_problems(c:Config, world:int) -> list:
     o, out = c.optim, []
     if o.batch_size > c.data.samples: out.append(Problem('epochs', f'a batch of {o.batch_size:,} is larger than the dataset of {c.data.samples:,}', 'a smaller optim.batch_size'))
     if o.warmup >= 1 and c.warmup >= c.steps - 1: out.append(Problem('epochs', f'the warm-up of {o.warmup:g} epochs lasts as long as the run of {c.steps:,} steps', 'optim.warmup, optim.steps or optim.epochs'))
+    if c.epochs > 1000: out.append(Problem('epochs', f'{c.epochs:,.0f} epochs of {c.data.samples:,} images: a model may learn so few by heart', 'fewer optim.steps', stops=False))
     if c.epochs < 1: out.append(Problem('epochs', f'{c.steps:,} steps see {c.epochs:.0%} of the dataset', 'optim.steps or optim.epochs', stops=False))
     if c.joint and c.joint.adversarial and c.joint.start >= c.steps + c.joint.before: out.append(Problem('critic', f'it sets in after {c.joint.start:,} steps, and the run has {c.steps + c.joint.before:,}', 'joint.start, or joint.adversarial=0', stops=False))
     if c.data.vae and not c.data.vae.startswith('digits'): out.append(Problem('weights', f'the VAE {c.data.vae} has to be in the cache of every machine, or come from the hub', 'data.vae=NAME@FOLDER', stops=False))
     if c.align and not c.align.encoder.startswith('digits'): out.append(Problem('weights', f'the vision encoder {c.align.encoder} has to be in the cache of every machine, or come from the hub', 'align.encoder=NAME@FILE', stops=False))
     if c.joint and c.joint.perceptual and c.joint.distance == 'lpips': out.append(Problem('weights', "the perceptual term needs torchvision's VGG-16 in torch.hub's folder of every machine, or a network", 'joint.perceptual=0 leaves it out', stops=False))
     if c.flow.head_dim % 8: out.append(Problem('heads', f'heads of width {c.flow.head_dim}: flash attention wants a multiple of 8 and leaves others to slower kernels', 'flow.head_dim', stops=False))
-    if c.system.workers and world > 1 and c.system.workers * min(world, 8) > 128: out.append(Problem('workers', f'{c.system.workers} on each rank are {c.system.workers * min(world, 8)} processes a machine', 'system.workers', stops=False))
+    if c.system.workers and world > 1 and c.system.workers * min(world, 8) > 128: out.append(Problem('workers', f'{c.system.workers} on each rank are {c.system.workers * min(world, 8)} processes a machine', '--workers (system.workers): as many as a machine has cores for each GPU, at most', stops=False))
     return out
 
 # %% ../nbs/15_plan.ipynb #608e7080

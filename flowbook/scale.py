@@ -669,8 +669,11 @@ def small_training(world:World, kind:str, steps:int=5) -> list:
     loop = Parallel(World(device=world.device) if kind == 'alone' else world)
     return list(fit(flow, [(b[part], torch.zeros(len(b[part])).long()) for b in x], steps=steps, every=1, loop=loop, amp='off', device=world.device))
 
-# %% ../nbs/15_scale.ipynb #7be38905
+# %% ../nbs/15_scale.ipynb #cf4e819b
 #| eval: false
 if __name__ == '__main__':
-    found = smoke()
+    import argparse
+    p = argparse.ArgumentParser('python -m flowbook.scale', description='Do these GPUs work together? Under torchrun --nproc-per-node N -m flowbook.scale; a minute.')
+    p.add_argument('--device', default='auto', help='auto, cpu or cuda (default: %(default)s)')
+    found = smoke(p.parse_args().device)
     if int(os.environ.get('RANK', 0)) == 0: print('\n'.join(f'{k:24}{v:.1e}' if 'against' in k else f'{k:24}{v}' for k, v in found.items()))

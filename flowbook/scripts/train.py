@@ -6,15 +6,16 @@
 __all__ = ['STOPPED', 'UNPLANNED', 'parser', 'configured', 'write_status', 'world_here', 'check_room', 'main', 'status_of',
            'first_to_say', 'give_up', 'cli']
 
-# %% ../../nbs/16_train.ipynb #df92e647
+# %% ../../nbs/16_train.ipynb #9ed6f168
 import argparse, hashlib, json, os, sys
+if __name__ == '__main__' and not __package__ and '__file__' in globals(): sys.exit('flowbook_train: run it as a module: python -m flowbook.scripts.train')
 from pathlib import Path
-from ..configs import Config, changed, describe, find_config, listing, override
+from ..configs import GPUS, Config, changed, describe, find_config, listing, override
 from ..data import replace_bytes
 from ..plan import data_problems, plan, problems_here, told
 from ..recipe import adapt, open_images
 
-# %% ../../nbs/16_train.ipynb #06fd4e01
+# %% ../../nbs/16_train.ipynb #2a69174b
 def parser() -> argparse.ArgumentParser:
     "The command line of `flowbook_train`."
     p = argparse.ArgumentParser('flowbook_train', description='Train a configuration of the papers, or its small twin.', epilog=main.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -25,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
     add('--describe', action='store_true', help='print a page about it, and stop')
     add('--dry-run', action='store_true', help='print what it needs on --world GPUs and what cannot work, and stop; status 3 where something cannot')
     add('--world', type=int, help='GPUs of --describe and --dry-run (default: those of this machine or of torchrun; without any, as the configuration says)')
-    add('--gpu', default='H100', help='of --describe and --dry-run (default: %(default)s)')
+    add('--gpu', default='H100', help=f'of --describe and --dry-run: {", ".join(GPUS)} (default: %(default)s)')
     add('--json', action='store_true', help='the plan of --dry-run as JSON')
     add('--out', help="the run's folder: checkpoints, log, samples, and the model for flowbook_sample and flowbook_evaluate")
     add('--from', dest='start', metavar='RUN[@STEP]', help='a new run, in --out, begins from the checkpoint of another (weights, optimiser, average, place in the data) and may change '
@@ -61,7 +62,7 @@ def configured(a) -> Config:
     own = {'seed': a.seed, 'system.workers': a.workers}
     return changed(c, {k: v for k, v in own.items() if v is not None})
 
-# %% ../../nbs/16_train.ipynb #307db630
+# %% ../../nbs/16_train.ipynb #c1d320b0
 STOPPED, UNPLANNED = 75, 3               # exit status of a run that wants to be called again; of a plan with problems
 
 def write_status(out, word:str='') -> None: # '': no file
@@ -109,7 +110,7 @@ Called again, with the same --out, a run goes on; on more or fewer GPUs, too, if
 With another learning rate, noise or precision it is a new run: --from RUN --out NEW optim.lr=5e-5; from weights alone: --from RUN/model.
 Images of another size: data.image_size is theirs, flow.image_size what the flow sees; without a VAE the two are one number, give both.
 Exit status: 0 done, 1 wrong, 75 stopped and saved, 3 a plan with problems; RUN/status holds done or stopped.
-Always -m: run by its path, `python flowbook/scripts/train.py`, the script does not find the package (its imports are relative).
+Always -m: by its path, `python flowbook/scripts/train.py`, the script cannot find its package.
 """
     a = parser().parse_intermixed_args(argv)
     if a.list: return print(listing())
