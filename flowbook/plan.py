@@ -24,14 +24,18 @@ from .recipe import build
 # %% ../nbs/15_plan.ipynb #934699a4
 # Axis legend of this module: w ranks.
 
-# %% ../nbs/15_plan.ipynb #150917f2
+# %% ../nbs/15_plan.ipynb #a77a9559
 @contextmanager
 def pretended(world:int, rank:int=0): # -> a mesh of `world` ranks
     "A process group of which only this process exists: collectives return at once, and nothing is sent."
     try: from torch.testing._internal.distributed.fake_pg import FakeStore
-    except ImportError as e: raise ImportError(f'this PyTorch ({torch.__version__}) has no fake process group ({e}); the plan needs one, any 2.8 or later has it') from None
+    except ImportError as e:
+        raise ImportError(f'this PyTorch ({torch.__version__}) has no fake process group ({e}); '
+                          'the plan needs one, any 2.8 or later has it') from None
     check_whole('world', world, 1, 2**13); check_whole('rank', rank, 0, world - 1)
-    if dist.is_initialized(): raise ValueError(f'world: this process is one of {dist.get_world_size()} already; a plan for {world} ranks is made before a group is joined, or in another process')
+    if dist.is_initialized():
+        raise ValueError(f'world: this process is one of {dist.get_world_size()} already; a plan for {world} ranks is made before a group '
+                         'is joined, or in another process')
     from torch.distributed.device_mesh import init_device_mesh
     dist.init_process_group('fake', rank=rank, world_size=world, store=FakeStore())
     try: yield init_device_mesh('cpu', (world,))
@@ -43,10 +47,11 @@ def rows_of(rows:int, world:int) -> Tensor: # (w,) int64
     piece = -(-rows // world)
     return (rows - piece * torch.arange(world)).clamp(0, piece)
 
-# %% ../nbs/15_plan.ipynb #fa7371a3
+# %% ../nbs/15_plan.ipynb #02cbef39
 def shard_plan(model:nn.Module) -> list: # of (name, module), in the order in which `fully_shard` takes them
     "The modules that become FSDP groups: layers, blocks, encoder and decoder; those in which something is trained."
-    if not hasattr(getattr(model, 'flow', model), 'blocks'): raise ValueError(f'model: {type(model).__name__} came, must be a flow with blocks, or a model with such a .flow')
+    if not hasattr(getattr(model, 'flow', model), 'blocks'):
+        raise ValueError(f'model: {type(model).__name__} came, must be a flow with blocks, or a model with such a .flow')
     flow, at = (model.flow, 'flow.') if hasattr(model, 'flow') else (model, '')
     units = []
     for t, block in enumerate(flow.blocks):
@@ -54,7 +59,7 @@ def shard_plan(model:nn.Module) -> list: # of (name, module), in the order in wh
     units += [(k, getattr(model, k)) for k in ('encoder', 'decoder') if hasattr(model, k)]
     return [(name, m) for name, m in units if any(p.requires_grad for p in m.parameters())]
 
-# %% ../nbs/15_plan.ipynb #fb897f17
+# %% ../nbs/15_plan.ipynb #dd4a8c7d
 class Shards(NamedTuple):
     "What the ranks keep of a model, in bytes."
     groups: list                         # (name, bytes of the whole group)
@@ -65,11 +70,17 @@ class Shards(NamedTuple):
     frozen: int                          # whole on every rank
 
     @property
-    def whole(self) -> int: return sum(b for _, b in self.groups) + self.rest + self.frozen
+    def whole(self) -> int:
+        "Bytes of the whole model."
+        return sum(b for _, b in self.groups) + self.rest + self.frozen
 
-def size_in(params) -> int: return sum(p.numel() * p.element_size() for p in params)
+def size_in(params) -> int:
+    "Bytes of some tensors."
+    return sum(p.numel() * p.element_size() for p in params)
 
-def shards(model:nn.Module, world:int, learned=()) -> Shards: # sharded here: build it under `torch.device('meta')`; learned: (name, module) of the objective
+# %% ../nbs/15_plan.ipynb #55d2f567
+# sharded here: build it under `torch.device('meta')`; learned: (name, module) of the objective
+def shards(model:nn.Module, world:int, learned=()) -> Shards:
     "Shard a model over `world` ranks with `fully_shard`, and weigh the pieces."
     from torch.distributed.fsdp import fully_shard
     units, taken, groups, room, tensors = [*shard_plan(model), *learned], set(), [], 0, 0
@@ -84,11 +95,14 @@ def shards(model:nn.Module, world:int, learned=()) -> Shards: # sharded here: bu
         for name, p in [*model.named_parameters(), *((f'{at}.{k}', p) for at, m in learned for k, p in m.named_parameters())]:
             if not hasattr(p, 'to_local'): continue
             mine = rows_of(p.shape[0], world) * (p.element_size() * math.prod(p.shape[1:]))
-            if (real := size_in([p.to_local()])) != mine[0]: raise RuntimeError(f'{name}: PyTorch gives rank 0 {real:,} bytes of {tuple(p.shape)}, the rule says {int(mine[0]):,}; this PyTorch ({torch.__version__}) shards in another way')
+            if (real := size_in([p.to_local()])) != mine[0]:
+                raise RuntimeError(f'{name}: PyTorch gives rank 0 {real:,} bytes of {tuple(p.shape)}, the rule says {int(mine[0]):,}; this '
+                                   f'PyTorch ({torch.__version__}) shards in another way')
             held += mine; room += int(mine[0]); tensors += 1
-    return Shards(groups, tensors, held, room, size_in(p for p in others if p.requires_grad), size_in(p for p in others if not p.requires_grad))
+    return Shards(groups, tensors, held, room, size_in(p for p in others if p.requires_grad),
+                  size_in(p for p in others if not p.requires_grad))
 
-# %% ../nbs/15_plan.ipynb #a78189d3
+# %% ../nbs/15_plan.ipynb #e7a5e117
 def gathered(s:Shards) -> int:
     "Whole weights that are there at once, at most: two layers and two blocks' own; or encoder or decoder."
     kind = lambda test: sorted((b for name, b in s.groups if test(name)), reverse=True)
@@ -103,7 +117,9 @@ def key_of(c:Config) -> tuple:
     joint = j and (j.vae, j.critic, bool(j.adversarial), v.frozen, v.flow, v.posterior.width(1))
     return c.flow, c.data.image_size, c.data.channels, c.data.classes, joint, a and (a.encoder, a.hidden)
 
-def shards_of(c:Config, world:int) -> tuple: # -> Shards, bytes of what is trained beside the model, whole on every rank: SimFlow's critic and projector
+# %% ../nbs/15_plan.ipynb #e4fc30be
+# -> Shards, bytes of what is trained beside the model, whole on every rank: SimFlow's critic and projector
+def shards_of(c:Config, world:int) -> tuple:
     "The pieces of what a configuration trains, in its last stage."
     if (key := (*key_of(c), world)) not in MADE:
         r = build(c, dry=True)
@@ -111,7 +127,8 @@ def shards_of(c:Config, world:int) -> tuple: # -> Shards, bytes of what is train
         if r.stages[-1].prepare: r.stages[-1].prepare(r.model)
         learned = [('projector', objective.projector)] if hasattr(objective, 'projector') else []
         own |= {id(p) for _, m in learned for p in m.parameters()}
-        beside = {id(p): p for p in (objective.parameters() if isinstance(objective, nn.Module) else ()) if p.requires_grad and id(p) not in own}
+        beside = {id(p): p for p in (objective.parameters() if isinstance(objective, nn.Module) else ()) if p.requires_grad
+                  and id(p) not in own}
         MADE[key] = shards(r.model, world, learned), size_in(beside.values())
     return MADE[key]
 
@@ -120,14 +137,16 @@ def rank_memory(c:Config, world:int) -> dict:
     out = memory(c, world)
     if c.system.parallel != 'fsdp': return out
     s, beside = shards_of(c, world)
-    real = {'weights': s.room + s.rest + s.frozen + beside, 'gradients': s.room + s.rest + beside, 'Adam': 2 * (int(s.held[0]) + s.rest + beside),
+    real = {'weights': s.room + s.rest + s.frozen + beside, 'gradients': s.room + s.rest + beside,
+            'Adam': 2 * (int(s.held[0]) + s.rest + beside),
             'average': (s.room + s.rest + s.frozen) * bool(c.optim.ema), 'gathered': gathered(s)}
     return {k: v for k, v in {**out, **real}.items() if v}
 
-# %% ../nbs/15_plan.ipynb #7120833b
+# %% ../nbs/15_plan.ipynb #eeca23b5
 ROOM = .95                               # of the card's memory: the rest is the runtime's
 
 class Problem(NamedTuple):
+    "What cannot work, or is worth a thought."
     name: str
     says: str
     help: str = ''
@@ -140,11 +159,16 @@ def batch_problems(c:Config, world:int) -> list:
     each, fits = world * k, [w for w in range(1, world + 1) if b % (w * k) == 0]
     words = f'{b} samples a step do not divide by {world} ranks' + f' x {k} micro-batches' * (k > 1)
     near = sorted({max(1, b // each) * each, -(-b // each) * each})
-    return [Problem('batch', words, f'optim.batch_size={" or ".join(map(str, near))}' + f', or {fits[-1]} ranks' * bool(fits) + ', or system.accumulate=1' * (k > 1 and b % world == 0))]
+    return [Problem('batch', words, f'optim.batch_size={" or ".join(map(str, near))}' + f', or {fits[-1]} ranks' * bool(fits)
+                    + ', or system.accumulate=1' * (k > 1 and b % world == 0))]
 
-def total_of(c:Config, world:int) -> int: return sum(rank_memory(c, world).values())
+def total_of(c:Config, world:int) -> int:
+    "Bytes on the fullest rank."
+    return sum(rank_memory(c, world).values())
 
-def what_helps(c:Config, world:int, room:float, gpu:str|None='H100') -> str: # room: bytes; gpu: for the days, where it is a card of the list
+# %% ../nbs/15_plan.ipynb #527db3ec
+# room: bytes; gpu: for the days, where it is a card of the list
+def what_helps(c:Config, world:int, room:float, gpu:str|None='H100') -> str:
     "The mildest changes of a configuration with which it fits, the quickest first, each with its price; '' if none is found."
     def tried(values):
         try: return replace(c, system=replace(c.system, **values))
@@ -166,55 +190,89 @@ def memory_problems(c:Config, world:int, gpu:str) -> list:
     "Does it fit on the card?"
     return does_not_fit(c, world, gpu, gpu_of(gpu).memory * 2**30, gpu)
 
-def does_not_fit(c:Config, world:int, name:str, card:float, gpu:str|None) -> list: # card: bytes; gpu: the same in the list of cards, None: not there
+# %% ../nbs/15_plan.ipynb #949afca7
+# card: bytes; gpu: the same in the list of cards, None: not there
+def does_not_fit(c:Config, world:int, name:str, card:float, gpu:str|None) -> list:
+    "The problem, in words, where a card is too small."
     used, room = total_of(c, world), ROOM * card
     if used <= room: return []
     says = f'about {used / 2**30:.0f} GiB on the fullest rank, and {name} has {card / 2**30:.3g}'
-    return [Problem('memory', says, what_helps(c, world, room, gpu) or 'more ranks, a larger card, or a smaller model: nothing here makes it fit')]
+    return [Problem('memory', says, what_helps(c, world, room, gpu) or 'more ranks, a larger card, or a smaller model: nothing here makes '
+                                                                       'it fit')]
 
 def problems_here(c:Config, world:int, device) -> list: # device: of this process; a CPU has none
     "What a plan says of the GPU that is really there: before the first step, and before a group is joined."
     if torch.device(device).type != 'cuda': return []
     card = torch.cuda.get_device_properties(device)
-    like = [k for k, g in GPUS.items() if k.removesuffix('-40').split('-')[-1] in card.name and abs(g.memory * 2**30 / card.total_memory - 1) < .2]
+    like = [k for k, g in GPUS.items() if k.removesuffix('-40').split('-')[-1] in card.name
+            and abs(g.memory * 2**30 / card.total_memory - 1) < .2]
     return batch_problems(c, world) or does_not_fit(c, world, card.name, card.total_memory, like[0] if like else None)
 
-# %% ../nbs/15_plan.ipynb #eebe4629
+# %% ../nbs/15_plan.ipynb #e3f28ea1
 def data_problems(c:Config) -> list:
     "Is there something to read, and does it have the classes of the configuration?"
     from flowbook.data import DATASETS
     d = c.data
     if d.latents and Path(d.latents).expanduser().is_dir(): return []
     if d.root is None and d.name in DATASETS and d.name != 'folder': return []
-    if d.root is None: return [Problem('data', f'{d.name} is a folder of images that nobody named', 'data.root=FOLDER, or --root FOLDER: one subfolder a class')]
+    if d.root is None:
+        return [Problem('data', f'{d.name} is a folder of images that nobody named', 'data.root=FOLDER, or --root FOLDER: one subfolder a '
+                                                                                     'class')]
     root = Path(d.root).expanduser()
-    if not root.is_dir(): return [Problem('data', f'there is no folder {d.root} on this machine', 'the machines that train need it', stops=False)]
+    if not root.is_dir():
+        return [Problem('data', f'there is no folder {d.root} on this machine', 'the machines that train need it', stops=False)]
     inside = root/'train' if (root/'train').is_dir() else root
     classes = sum(1 for f in os.scandir(inside) if f.is_dir() and not f.name.startswith('.'))
-    if classes == 1: return [Problem('labels', f'{d.root} has one subfolder: no labels, and so no guidance by class', 'one subfolder a class', stops=False)]
+    if classes == 1:
+        return [Problem('labels', f'{d.root} has one subfolder: no labels, and so no guidance by class', 'one subfolder a class',
+                        stops=False)]
     if not classes: return [Problem('data', f'{d.root} has no subfolders', 'one subfolder a class (one is enough), with images in it')]
-    if d.classes and classes != d.classes: return [Problem('data', f'{d.root} has {classes} classes, the configuration {d.classes}', f'data.classes={classes}; --root does this by itself')]
+    if d.classes and classes != d.classes:
+        return [Problem('data', f'{d.root} has {classes} classes, the configuration {d.classes}', f'data.classes={classes}; --root does '
+                                                                                                  'this by itself')]
     return []
 
+# %% ../nbs/15_plan.ipynb #d7941da8
 def other_problems(c:Config, world:int) -> list:
     "Heads that are slow, epochs that do not fit, critics that never begin."
     o, out = c.optim, []
-    if o.batch_size > c.data.samples: out.append(Problem('epochs', f'a batch of {o.batch_size:,} is larger than the dataset of {c.data.samples:,}', 'a smaller optim.batch_size'))
-    if o.warmup >= 1 and c.warmup >= c.steps - 1: out.append(Problem('epochs', f'the warm-up of {o.warmup:g} epochs lasts as long as the run of {c.steps:,} steps', 'optim.warmup, optim.steps or optim.epochs'))
-    if c.epochs > 1000: out.append(Problem('epochs', f'{c.epochs:,.0f} epochs of {c.data.samples:,} images: a model may learn so few by heart', 'fewer optim.steps', stops=False))
-    if c.epochs < 1: out.append(Problem('epochs', f'{c.steps:,} steps see {c.epochs:.0%} of the dataset', 'optim.steps or optim.epochs', stops=False))
-    if c.joint and c.joint.adversarial and c.joint.start >= c.steps + c.joint.before: out.append(Problem('critic', f'it sets in after {c.joint.start:,} steps, and the run has {c.steps + c.joint.before:,}', 'joint.start, or joint.adversarial=0', stops=False))
-    if c.data.vae and not c.data.vae.startswith('digits'): out.append(Problem('weights', f'the VAE {c.data.vae} has to be in the cache of every machine, or come from the hub', 'data.vae=NAME@FOLDER', stops=False))
-    if c.align and not c.align.encoder.startswith('digits'): out.append(Problem('weights', f'the vision encoder {c.align.encoder} has to be in the cache of every machine, or come from the hub', 'align.encoder=NAME@FILE', stops=False))
-    if c.joint and c.joint.perceptual and c.joint.distance == 'lpips': out.append(Problem('weights', "the perceptual term needs torchvision's VGG-16 in torch.hub's folder of every machine, or a network", 'joint.perceptual=0 leaves it out', stops=False))
-    if c.flow.head_dim % 8: out.append(Problem('heads', f'heads of width {c.flow.head_dim}: flash attention wants a multiple of 8 and leaves others to slower kernels', 'flow.head_dim', stops=False))
-    if c.system.workers and world > 1 and c.system.workers * min(world, 8) > 128: out.append(Problem('workers', f'{c.system.workers} on each rank are {c.system.workers * min(world, 8)} processes a machine', '--workers (system.workers): as many as a machine has cores for each GPU, at most', stops=False))
+    if o.batch_size > c.data.samples:
+        out.append(Problem('epochs', f'a batch of {o.batch_size:,} is larger than the dataset of {c.data.samples:,}',
+                           'a smaller optim.batch_size'))
+    if o.warmup >= 1 and c.warmup >= c.steps - 1:
+        out.append(Problem('epochs', f'the warm-up of {o.warmup:g} epochs lasts as long as the run of {c.steps:,} steps',
+                           'optim.warmup, optim.steps or optim.epochs'))
+    if c.epochs > 1000:
+        out.append(Problem('epochs', f'{c.epochs:,.0f} epochs of {c.data.samples:,} images: a model may learn so few by heart',
+                           'fewer optim.steps', stops=False))
+    if c.epochs < 1:
+        out.append(Problem('epochs', f'{c.steps:,} steps see {c.epochs:.0%} of the dataset', 'optim.steps or optim.epochs', stops=False))
+    if c.joint and c.joint.adversarial and c.joint.start >= c.steps + c.joint.before:
+        out.append(Problem('critic', f'it sets in after {c.joint.start:,} steps, and the run has {c.steps + c.joint.before:,}',
+                           'joint.start, or joint.adversarial=0', stops=False))
+    if c.data.vae and not c.data.vae.startswith('digits'):
+        out.append(Problem('weights', f'the VAE {c.data.vae} has to be in the cache of every machine, or come from the hub',
+                           'data.vae=NAME@FOLDER', stops=False))
+    if c.align and not c.align.encoder.startswith('digits'):
+        out.append(Problem('weights', f'the vision encoder {c.align.encoder} has to be in the cache of every machine, or come from the hub',
+                           'align.encoder=NAME@FILE', stops=False))
+    if c.joint and c.joint.perceptual and c.joint.distance == 'lpips':
+        out.append(Problem('weights', "the perceptual term needs torchvision's VGG-16 in torch.hub's folder of every machine, or a network",
+                           'joint.perceptual=0 leaves it out', stops=False))
+    if c.flow.head_dim % 8:
+        out.append(Problem('heads', f'heads of width {c.flow.head_dim}: flash attention wants a multiple of 8 and leaves others to slower '
+                                    'kernels', 'flow.head_dim', stops=False))
+    if c.system.workers and world > 1 and c.system.workers * min(world, 8) > 128:
+        out.append(Problem('workers', f'{c.system.workers} on each rank are {c.system.workers * min(world, 8)} processes a machine',
+                           '--workers (system.workers): as many as a machine has cores for each GPU, at most', stops=False))
     return out
 
-# %% ../nbs/15_plan.ipynb #608e7080
+# %% ../nbs/15_plan.ipynb #ea02f094
 SAVE_EVERY, KEEP = 1000, 2               # the defaults of `flowbook_train`
 
-def plan(c:Config, world:int=None, gpu:str='H100', root=None) -> dict: # world: GPUs, None: as the configuration says; root: where the images are
+# %% ../nbs/15_plan.ipynb #11e8e02f
+# world: GPUs, None: as the configuration says; root: where the images are
+def plan(c:Config, world:int=None, gpu:str='H100', root=None) -> dict:
     "What a training needs on each of `world` GPUs, and what cannot work. Seconds, no GPU."
     from flowbook.faults import rhythm                                           # the next chapter: how often to save
     start, asked, world, card = time.perf_counter(), world is not None, world_of(c, world), gpu_of(gpu)
@@ -229,48 +287,70 @@ def plan(c:Config, world:int=None, gpu:str='H100', root=None) -> dict: # world: 
     held = [4 * model] * 2 + [float(4 * model)] if s is None else [int(s.held[0]), int(s.held[-1]), s.held.double().mean().item()]
     return {'name': c.name, 'title': c.title, 'world': world, 'asked': asked, 'gpu': gpu, 'parallel': c.system.parallel,
             'parameters': p, 'trained': learned, 'model': model,
-            'shards': {'groups': 1 if s is None else len(s.groups), 'tensors': None if s is None else s.tensors, 'first': held[0], 'last': held[1], 'mean': held[2],
-                       'largest': held[0] if s is None else int(s.held.max()), 'imbalance': 0. if s is None else (s.held.max() / s.held.double().mean()).item() - 1},
-            'memory': used, 'memory_total': sum(used.values()), 'memory_card': int(card.memory * 2**30), 'amp': c.system.amp, 'checkpointed': c.system.checkpoint,
-            'data': {'name': c.data.name, 'samples': c.data.samples, 'classes': c.data.classes, 'image_size': c.data.image_size, 'root': c.data.root},
+            'shards': {'groups': 1 if s is None else len(s.groups), 'tensors': None if s is None else s.tensors, 'first': held[0],
+                       'last': held[1], 'mean': held[2],
+                       'largest': held[0] if s is None else int(s.held.max()),
+                       'imbalance': 0. if s is None else (s.held.max() / s.held.double().mean()).item() - 1},
+            'memory': used, 'memory_total': sum(used.values()), 'memory_card': int(card.memory * 2**30), 'amp': c.system.amp,
+            'checkpointed': c.system.checkpoint,
+            'data': {'name': c.data.name, 'samples': c.data.samples, 'classes': c.data.classes, 'image_size': c.data.image_size,
+                     'root': c.data.root},
             'batch': {'size': b, 'a_rank': b / world, 'accumulate': k, 'micro': b / (world * k), 'tokens': b * c.flow.tokens},
-            'steps': c.steps, 'epochs': c.epochs, 'steps_an_epoch': c.data.samples / b, 'rest_of_an_epoch': c.data.samples % b, 'warmup': c.warmup,
-            'flops_a_step': sum(cost.values()), 'flops': h.flops, 'share_of_peak': h.share, 'seconds_a_step': h.days * 86400 / c.steps, 'gpu_hours': h.gpu, 'days': h.days,
+            'steps': c.steps, 'epochs': c.epochs, 'steps_an_epoch': c.data.samples / b, 'rest_of_an_epoch': c.data.samples % b,
+            'warmup': c.warmup,
+            'flops_a_step': sum(cost.values()), 'flops': h.flops, 'share_of_peak': h.share, 'seconds_a_step': h.days * 86400 / c.steps,
+            'gpu_hours': h.gpu, 'days': h.days,
             'checkpoint_bytes': state, 'model_bytes': 4 * model, 'disk_bytes': (KEEP + 1) * state + 2 * 4 * model,
             'reads': b / (h.days * 86400 / c.steps), 'workers': c.system.workers * world,
-            'saves': {'best': saves.steps, 'lost': saves.lost, 'lost_at_default': saves.lost_at, 'default': SAVE_EVERY}, 'problems': [q._asdict() for q in problems], 'seconds': time.perf_counter() - start}
+            'saves': {'best': saves.steps, 'lost': saves.lost, 'lost_at_default': saves.lost_at, 'default': SAVE_EVERY},
+            'problems': [q._asdict() for q in problems], 'seconds': time.perf_counter() - start}
 
-# %% ../nbs/15_plan.ipynb #f37c4b5e
+# %% ../nbs/15_plan.ipynb #77063fbc
 def size(n:float) -> str: # bytes, for people
+    "Bytes, for people."
     return f'{n / 2**30:.3g} GiB' if n >= 2**29 else f'{n / 2**20:.3g} MiB'
 
 def duration(days:float) -> str:
+    "Days, for people."
     return f'{days:.3g} days' if days >= 2 else f'{24 * days:.3g} hours' if days >= 2 / 24 else f'{1440 * days:.3g} minutes'
 
 def rounded(n:int) -> int: # two digits of it
+    "Two digits of a number."
     return n if n < 100 else round(n, 2 - len(str(n)))
 
+# %% ../nbs/15_plan.ipynb #47caf532
 def told(p:dict) -> str:
     "A plan, for people."
-    if not isinstance(p, dict) or not {'shards', 'memory', 'problems'} <= p.keys(): raise ValueError(f'p: {type(p).__name__} came, must be what `plan` gives')
+    if not isinstance(p, dict) or not {'shards', 'memory', 'problems'} <= p.keys():
+        raise ValueError(f'p: {type(p).__name__} came, must be what `plan` gives')
     listed = lambda d, f: ', '.join(f'{k} {f(v)}' for k, v in d.items())
     s, b, d, w, saves = p['shards'], p['batch'], p['data'], p['world'], p['saves']
-    even = b['micro'] == int(b['micro'])
-    lines = [f'{p["name"]}: {p["title"]}, on {w} {p["gpu"]}' + ('' if p['asked'] else ' (as many as the configuration says; --world N for yours)'),
+    asked = '' if p['asked'] else ' (as many as the configuration says; --world N for yours)'
+    micro = f' in {b["accumulate"]} micro-batches of {b["micro"]:g}' if b['accumulate'] > 1 else ''
+    rest = b['size'] - p['rest_of_an_epoch'] if p['rest_of_an_epoch'] else 0
+    lines = [f'{p["name"]}: {p["title"]}, on {w} {p["gpu"]}{asked}',
              f'model       {p["trained"]:,} numbers are trained: ' + listed(p['parameters'], short)]
     if p['parallel'] == 'fsdp':
         lines.append(f'shards      {s["tensors"]} tensors in {s["groups"]} groups; first rank {size(s["first"])}, last {size(s["last"])}; '
                      f'the largest is {s["imbalance"]:.1%} above the mean')
     else: lines.append(f'shards      none: every rank has all weights ({size(s["first"])}); gradients are averaged')
     lines += [f'memory      about {size(p["memory_total"])} of {size(p["memory_card"])} on the fullest rank: ' + listed(p['memory'], size),
-              f'data        {d["name"]}: {d["samples"]:,} images {d["image_size"]}x{d["image_size"]}, ' + (f'{d["classes"]:,} classes' if d['classes'] else 'no labels'),
-              f'batch       {b["size"]:,} images, {b["tokens"]:,} tokens a step; {b["a_rank"]:g} a rank' + (f' in {b["accumulate"]} micro-batches of {b["micro"]:g}' if b['accumulate'] > 1 else '') + ('' if even else ' (not whole)'),
-              f'run         {p["steps"]:,} steps, {p["epochs"]:.4g} epochs of {p["steps_an_epoch"]:,.1f} steps' + (f' (the last batch of an epoch takes {b["size"] - p["rest_of_an_epoch"]:,} images of the next)' if p['rest_of_an_epoch'] else '') + f'; warm-up {p["warmup"]:,}',
+              f'data        {d["name"]}: {d["samples"]:,} images {d["image_size"]}x{d["image_size"]}, '
+              + (f'{d["classes"]:,} classes' if d['classes'] else 'no labels'),
+              f'batch       {b["size"]:,} images, {b["tokens"]:,} tokens a step; {b["a_rank"]:g} a rank{micro}'
+              + ' (not whole)' * (b['micro'] != int(b['micro'])),
+              f'run         {p["steps"]:,} steps, {p["epochs"]:.4g} epochs of {p["steps_an_epoch"]:,.1f} steps'
+              + f' (the last batch of an epoch takes {rest:,} images of the next)' * bool(rest) + f'; warm-up {p["warmup"]:,}',
               f'work        {short(p["flops_a_step"])} FLOPs a step, {short(p["flops"])} FLOPs in all',
-              f'time        {p["seconds_a_step"]:.3g} s a step, {duration(p["days"])}, {p["gpu_hours"]:,.4g} GPU-hours, if {p["share_of_peak"]:.0%} of the peak in {"bf16" if p["amp"] == "bf16" else "float32"} are reached',
-              f'disk        {size(p["checkpoint_bytes"])} a checkpoint to go on from, {size(p["model_bytes"])} a model to use; together {size(p["disk_bytes"])} at --keep {KEEP}, and a checkpoint more for each of --forever',
-              f'reads       {p["reads"]:,.0f} images a second' + (f', {p["reads"] / p["workers"]:,.0f} by each of {p["workers"]} workers' if p['workers'] else ''),
-              f'saves       best --save-every {rounded(saves["best"]):,} or so: {saves["lost"]:.2%} of the time is lost to saving and failures; at {saves["default"]:,}: {saves["lost_at_default"]:.2%}']
-    for q in p['problems']: lines += [f'{"PROBLEM" if q["stops"] else "note":12}{q["name"]}: {q["says"]}'] + [f'{"":12}try: {q["help"]}'] * bool(q['help'])
+              f'time        {p["seconds_a_step"]:.3g} s a step, {duration(p["days"])}, {p["gpu_hours"]:,.4g} GPU-hours, if '
+              f'{p["share_of_peak"]:.0%} of the peak in {"bf16" if p["amp"] == "bf16" else "float32"} are reached',
+              f'disk        {size(p["checkpoint_bytes"])} a checkpoint to go on from, {size(p["model_bytes"])} a model to use; together '
+              f'{size(p["disk_bytes"])} at --keep {KEEP}, and a checkpoint more for each of --forever',
+              f'reads       {p["reads"]:,.0f} images a second'
+              + (f', {p["reads"] / p["workers"]:,.0f} by each of {p["workers"]} workers' if p['workers'] else ''),
+              f'saves       best --save-every {rounded(saves["best"]):,} or so: {saves["lost"]:.2%} of the time is lost to saving and '
+              f'failures; at {saves["default"]:,}: {saves["lost_at_default"]:.2%}']
+    for q in p['problems']:
+        lines += [f'{"PROBLEM" if q["stops"] else "note":12}{q["name"]}: {q["says"]}'] + [f'{"":12}try: {q["help"]}'] * bool(q['help'])
     if not p['problems']: lines.append('problems    none were found')
     return '\n'.join(lines + [f'(planned in {p["seconds"]:.1f} s, without a GPU)'])

@@ -6,8 +6,8 @@
 __all__ = ['JOINS', 'TOLD', 'RECOMPUTING', 'COMPILED', 'ABOUT', 'MAY_DIFFER', 'World', 'pick', 'join', 'leave', 'is_sharded',
            'local', 'buckets', 'in_buckets', 'same_start', 'average_gradients', 'Stop', 'Parallel', 'flow_of', 'units',
            'shard', 'check_layer', 'recomputing', 'compiling', 'layers_of', 'Outcome', 'leaves', 'check_same',
-           'told_of', 'other_looks', 'Start', 'start_of', 'config_at', 'by_class', 'fill', 'Training', 'train',
-           'judge_of', 'smoke', 'bandwidth', 'small_training']
+           'told_of', 'other_looks', 'Start', 'start_of', 'config_at', 'by_class', 'fill', 'RunStart', 'RunModel',
+           'RunOutput', 'Training', 'train', 'judge_of', 'smoke', 'bandwidth', 'small_training']
 
 # %% ../nbs/15_scale.ipynb #2f33ae02
 import contextlib, gc, hashlib, itertools, json, math, os, signal, sys, threading, time, warnings
@@ -33,7 +33,7 @@ from .train import Alone, NonFiniteLoss, ema, fit
 # %% ../nbs/15_scale.ipynb #67326b08
 # Axis legend of this module: k step, t block, l layer. "Process" and "rank" are one thing, and each has at most one GPU.
 
-# %% ../nbs/15_scale.ipynb #2987b2a4
+# %% ../nbs/15_scale.ipynb #d7332242
 class World(NamedTuple):
     "This process among the others."
     rank:int = 0
@@ -46,14 +46,18 @@ def pick(device:str) -> torch.device:
     if not isinstance(device, (str, torch.device)): raise ValueError(f"device: {device!r} came, must be 'auto', 'cpu', 'cuda' or 'mps'")
     if device == 'auto': device = 'cuda' if torch.cuda.is_available() else 'cpu'
     if device == 'cuda':
-        if (have := torch.cuda.device_count()) <= local: raise ValueError(f'device: process {local} of this machine wants a GPU of its own, and there are {have}; start torchrun with --nproc-per-node {max(have, 1)}')
+        if (have := torch.cuda.device_count()) <= local:
+            raise ValueError(f'device: process {local} of this machine wants a GPU of its own, and there are {have}; start torchrun with '
+                             f'--nproc-per-node {max(have, 1)}')
         device = f'cuda:{local}'
     try: torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e: raise ValueError(f'device: {device!r} cannot be used here ({str(e).splitlines()[0][:80]}); give auto, cpu, cuda or mps') from None
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f'device: {device!r} cannot be used here ({str(e).splitlines()[0][:80]}); give auto, cpu, cuda or mps') from None
     return torch.device(device)
 
 JOINS = itertools.count()                # a store outlives its group: every meeting has names of its own
 
+# %% ../nbs/15_scale.ipynb #d2eed888
 def join(device:str='auto', sharded:bool=False, # a group is made for one process, too: FSDP2 wants one
          minutes:float=30.) -> World:         # how long a process waits for the others before it gives up
     "Meet the other processes that torchrun started; alone, there is nobody to meet."
@@ -66,7 +70,8 @@ def join(device:str='auto', sharded:bool=False, # a group is made for one proces
         if size > 1:                                          # after a restart, torchrun's store still has the addresses of the dead
             store, *_ = next(dist.rendezvous('env://', timeout=wait))
             store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}-{next(JOINS)}", store)
-        dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo', store=store, rank=rank, world_size=size, timeout=wait)
+        dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo', store=store, rank=rank, world_size=size,
+                                timeout=wait)
     return World(rank, size, device)
 
 def leave() -> None:
@@ -76,8 +81,10 @@ def leave() -> None:
     if dist.get_world_size() > 1: dist.barrier()
     dist.destroy_process_group()
 
-# %% ../nbs/15_scale.ipynb #a21879f6
-def is_sharded(p:Tensor) -> bool: return isinstance(p, DTensor)
+# %% ../nbs/15_scale.ipynb #f21d04dc
+def is_sharded(p:Tensor) -> bool:
+    "Is it dealt out over processes by FSDP2?"
+    return isinstance(p, DTensor)
 
 def local(t:Tensor) -> Tensor:
     "What of a tensor lies in this process: its shard, or all of it."
@@ -94,8 +101,10 @@ def buckets(tensors:list, numbers:int=2**23): # yields lists of one dtype and de
             some.append(t); count += t.numel()
         yield some
 
+# %% ../nbs/15_scale.ipynb #51a2c276
 @torch.no_grad()
 def in_buckets(tensors:list, op) -> None: # op: changes a flat tensor in place
+    "Let `op` change tensors in place, in few large messages; op: of a flat tensor."
     for some in buckets(tensors):
         flat = torch.cat([t.reshape(-1) for t in some])
         op(flat)
@@ -110,14 +119,17 @@ def average_gradients(params:list, size:int) -> None:
     "Gradients averaged over processes, after the objective has returned."
     in_buckets([p.grad for p in params if p.grad is not None], lambda flat: (dist.all_reduce(flat), flat.div_(size)))
 
-# %% ../nbs/15_scale.ipynb #312dafe5
-TOLD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)             # by a scheduler twice, by Ctrl-C, by a terminal that closes
+# %% ../nbs/15_scale.ipynb #b2145ce6
+# by a scheduler twice, by Ctrl-C, by a terminal that closes
+TOLD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
+# %% ../nbs/15_scale.ipynb #ec1a9c79
 class Stop:
     "A request to save and leave, by a signal or by the launcher's death; all processes learn of it at the same step."
     def __init__(self, world:World, signals=TOLD):
         self.world, self.seen, self.work, self.flag = world, None, None, torch.zeros(1, dtype=torch.int32)
-        self.parent = os.getppid() if 'TORCHELASTIC_RUN_ID' in os.environ else None           # a shell may close without ending us, torchrun may not
+        # a shell may close without ending us, torchrun may not
+        self.parent = os.getppid() if 'TORCHELASTIC_RUN_ID' in os.environ else None
         main = threading.current_thread() is threading.main_thread()                           # elsewhere Python lets nobody listen
         heard = [s for s in signals if s not in TOLD[2:] or signal.getsignal(s) != signal.SIG_IGN] # nohup, and jobs in the background
         self.before = {s: signal.signal(s, self.hear) for s in heard} if main else {}
@@ -126,7 +138,8 @@ class Stop:
         "A signal: noted; a second Ctrl-C ends the process at once."
         if number == signal.SIGINT:
             if self.seen == 'SIGINT': self.now()
-            if not self.world.rank: os.write(2, b'\nCtrl-C: saves after this step and leaves; once more: leaves at once, without saving\n') # print may be busy
+            # print may be busy
+            if not self.world.rank: os.write(2, b'\nCtrl-C: saves after this step and leaves; once more: leaves at once, without saving\n')
         self.seen = signal.Signals(number).name
 
     def now(self) -> None:
@@ -155,7 +168,7 @@ class Stop:
         "Signals mean what they meant before."
         for s, handler in self.before.items(): signal.signal(s, handler)
 
-# %% ../nbs/15_scale.ipynb #a75d0f1f
+# %% ../nbs/15_scale.ipynb #409b0f93
 class Parallel(Alone):
     "A step of `fit` by many processes, in one or several micro-batches; parameters whole in each, or sharded by FSDP2."
     keeps = False                        # checkpoints do it
@@ -168,17 +181,22 @@ class Parallel(Alone):
                  restore=None):          # callable (flow, objective, opt, ema): puts back what was saved
         if not isinstance(world, World): raise ValueError(f'world: a {type(world).__name__} came, must be what join() gave')
         check_whole('accumulate', accumulate); check_whole('done', done, 0); check_whole('seed', seed, 0)
-        self.world, self.accumulate, self.done, self.seed, self.due, self.stop, self.restore, self.stopping = world, accumulate, done, seed, due, stop, restore, False
+        self.world, self.accumulate, self.done, self.seed = world, accumulate, done, seed
+        self.due, self.stop, self.restore, self.stopping = due, stop, restore, False
 
     def begin(self, flow, objective, opt, ema):
+        "Before the first step: what was saved is put back."
         if self.restore is not None: self.restore(flow, objective, opt, ema)
 
     def step(self, k):
-        torch.manual_seed(int(keyed(self.seed, k, self.world.rank, 'step').integers(2**62)))     # so there is no state of a generator to save
+        "Step k begins: a seed of its own, and the word of a step ago about stopping."
+        # so there is no state of a generator to save
+        torch.manual_seed(int(keyed(self.seed, k, self.world.rank, 'step').integers(2**62)))
         self.stopping = self.stop is not None and self.stop.told()
         return self.stopping or self.due(k)
 
     def gradients(self, run, batch, params):
+        "Of all micro-batches and processes, averaged, in .grad; -> logs."
         logs = [run(micro) for micro in batch]
         if len(logs) > 1:
             logs = [{k: sum(l[k] for l in logs) / len(logs) for k in logs[0]}]
@@ -189,6 +207,7 @@ class Parallel(Alone):
 
     @torch.no_grad()
     def clip(self, params, most):
+        "The norm of the averaged gradient, before it is clipped; shards and whole tensors count together."
         kinds = [[p.grad for p in params if p.grad is not None and is_sharded(p) == s] for s in (False, True)]
         norms = [nn.utils.get_total_norm(grads) for grads in kinds if grads]
         norms = [n.full_tensor() if is_sharded(n) else n for n in norms]
@@ -198,41 +217,51 @@ class Parallel(Alone):
         return norm
 
     def any(self, bad):
+        "True in one process: true in all."
         if self.world.size == 1: return bad
         flag = bad.float()                                                                      # stays on the device, as the question does
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return flag > 0
 
     def everyone(self, v):
+        "What each process has to say."
         said = [v] * self.world.size
         if self.world.size > 1: dist.all_gather_object(said, v)
         return said
 
     def gather(self, v):
+        "(k,) -> (processes, k)."
         if self.world.size == 1: return v[None]
         rows = [torch.empty_like(v) for _ in range(self.world.size)]
         dist.all_gather(rows, v)
         return torch.stack(rows)
 
-# %% ../nbs/15_scale.ipynb #2d842e42
-def flow_of(model:nn.Module) -> nn.Module: return getattr(model, 'flow', model)
+# %% ../nbs/15_scale.ipynb #53d5acc9
+def flow_of(model:nn.Module) -> nn.Module:
+    "The flow of a model, or the model."
+    return getattr(model, 'flow', model)
 
-def units(model:nn.Module) -> list: return [m for _, m in shard_plan(model)] # what FSDP2 gathers and frees at once, as the plan counts it
+def units(model:nn.Module) -> list:
+    "What FSDP2 gathers and frees at once, as the plan counts it."
+    return [m for _, m in shard_plan(model)] # what FSDP2 gathers and frees at once, as the plan counts it
 
 def shard(model:nn.Module, world:World, learned=()) -> nn.Module: # learned: modules of the objective, such as a projector
     "Parameters, gradients and whatever an optimiser keeps of them, dealt out over all processes. FSDP2."
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-    warnings.filterwarnings('ignore', 'FSDP2-wrapped module .* returned a view')                # which would matter to those who write into it
+    # which would matter to those who write into it
+    warnings.filterwarnings('ignore', 'FSDP2-wrapped module .* returned a view')
     mesh = init_device_mesh(world.device.type, (world.size,))
-    for m in (*units(model), *learned): fully_shard(m, mesh=mesh, reshard_after_forward=True)   # each block is a root of its own, which would keep its weights
+    # each block is a root of its own, which would keep its weights
+    for m in (*units(model), *learned): fully_shard(m, mesh=mesh, reshard_after_forward=True)
     for block in flow_of(model).blocks: register_fsdp_forward_method(block, 'params')           # alignment calls it, past `forward`
     return model
 
-# %% ../nbs/15_scale.ipynb #b64b3419
+# %% ../nbs/15_scale.ipynb #d01d2362
 RECOMPUTING, COMPILED = {}, {}           # class of a layer -> its other class; one for all layers of a kind, or each would be compiled anew
 
 def check_layer(layer) -> None:
+    "ValueError for what is no module."
     if not isinstance(layer, nn.Module): raise ValueError(f'layer: a {type(layer).__name__} came, must be a module')
 
 def recomputing(layer:nn.Module) -> nn.Module:
@@ -242,23 +271,28 @@ def recomputing(layer:nn.Module) -> nn.Module:
     kind = type(layer)
     def forward(self, *args, **kw):
         if not torch.is_grad_enabled(): return kind.forward(self, *args, **kw)
-        return checkpoint(lambda *args: kind.forward(self, *args, **kw), *args, use_reentrant=False, preserve_rng_state=False) # nothing in it is random
+        # nothing in it is random
+        return checkpoint(lambda *args: kind.forward(self, *args, **kw), *args, use_reentrant=False, preserve_rng_state=False)
     layer.__class__ = RECOMPUTING.setdefault(kind, type(f'Recomputing{kind.__name__}', (kind,), {'forward': forward}))
     return layer
 
+# %% ../nbs/15_scale.ipynb #ed922464
 def compiling(layer:nn.Module) -> nn.Module:
     "The layer's forward by torch.compile."
     check_layer(layer)
     import torch._functorch.config
-    torch._functorch.config._config['donated_buffer'].default = False # the shared reverse pass uses a graph twice; for all threads, since on a GPU the backward pass has its own
+    # the shared reverse pass uses a graph twice; for all threads, since on a GPU the backward pass has its own
+    torch._functorch.config._config['donated_buffer'].default = False
     kind = type(layer)
     if kind not in COMPILED: COMPILED[kind] = type(f'Compiled{kind.__name__}', (kind,), {'forward': torch.compile(kind.forward)})
     layer.__class__ = COMPILED[kind]
     return layer
 
-def layers_of(model:nn.Module) -> list: return [layer for block in flow_of(model).blocks for layer in block.layers]
+def layers_of(model:nn.Module) -> list:
+    "The Transformer layers of all blocks."
+    return [layer for block in flow_of(model).blocks for layer in block.layers]
 
-# %% ../nbs/15_scale.ipynb #ecad18c2
+# %% ../nbs/15_scale.ipynb #68abd6e6
 class Outcome(NamedTuple):
     "How a run ended."
     state:str                            # 'done'; or 'stopped': it was told to, has saved, and goes on when it is called again
@@ -266,43 +300,55 @@ class Outcome(NamedTuple):
     model:Path                           # for `from_pretrained` and `open_model`
 
 ABOUT = ('name', 'title', 'paper', 'published', 'unsaid', 'notes', 'changed')    # of a configuration: what is said of it
-MAY_DIFFER = ('system.parallel', 'system.gpus', 'system.accumulate', 'system.checkpoint', 'system.compile', 'system.workers', 'sample.', 'data.root',
+MAY_DIFFER = ('system.parallel', 'system.gpus', 'system.accumulate', 'system.checkpoint', 'system.compile', 'system.workers', 'sample.',
+              'data.root',
               'data.latents', *ABOUT)                                            # on going on: how it runs, not what it computes
 
 def leaves(d:dict, at:str='') -> dict: # {'optim': {'lr': 1e-4}} -> {'optim.lr': 1e-4}
+    "A dictionary of dictionaries, flat: {'optim': {'lr': 1e-4}} -> {'optim.lr': 1e-4}."
     return {k: v for name, x in d.items() for k, v in (leaves(x, f'{at}{name}.') if isinstance(x, dict) else {at + name: x}).items()}
 
+# %% ../nbs/15_scale.ipynb #7d26e820
 def check_same(c:Config, data:dict, meta:dict, folder) -> dict: # data: of `told_of` -> {what is otherwise and may be: [before, now]}
     "ValueError, by key, where a run would go on as another one."
     was, now = leaves(meta['config']), leaves(to_dict(c))
     constant = c.optim.schedule == 'constant' and c.joint is None                # then a longer run begins like a shorter one
     free = (*MAY_DIFFER, *(('optim.steps', 'optim.epochs') if constant else ()))
-    if c.joint and c.joint.adversarial: free = tuple(k for k in free if k != 'system.accumulate') # a critic counts micro-batches to its start
+    # a critic counts micro-batches to its start
+    if c.joint and c.joint.adversarial: free = tuple(k for k in free if k != 'system.accumulate')
     differ = [k for k in {**was, **now} if was.get(k) != now.get(k)]
     if wrong := [k for k in differ if not k.startswith(free)]:
         raise ValueError(f'{wrong[0]}: the run in {folder} has {was.get(wrong[0])!r}, and {now.get(wrong[0])!r} came'
-                         f'{", and so for " + ", ".join(wrong[1:4]) if wrong[1:] else ""}; go on as it was begun, or take another folder: a new run may begin from it, --from {folder} --out NEW'
-                         + '. (Where the learning rate is constant, optim.steps may change: a cosine of another length is another run)' * ('optim.steps' in wrong))
+                         f'{", and so for " + ", ".join(wrong[1:4]) if wrong[1:] else ""}; go on as it was begun, or take another folder: '
+                         f'a new run may begin from it, --from {folder} --out NEW'
+                         + '. (optim.steps may change where the rate is constant)' * ('optim.steps' in wrong))
     other = {'samples': 'not as many', 'classes': 'other classes', 'labels': 'other labels'}
-    other = [what for k, what in other.items() if k in meta['data'] and meta['data'][k] != data[k]] or ['other images'] * other_looks(meta['data'].get('looks', {}), data['looks'])
-    if other: raise ValueError(f'data: the run in {folder} was begun with {meta["data"]["samples"]} samples of {len(meta["data"]["classes"])} classes; these are {data["samples"]} of {len(data["classes"])}, {other[0]}; go on with the same, or take another folder')
+    other = [what for k, what in other.items() if k in meta['data']
+             and meta['data'][k] != data[k]] or ['other images'] * other_looks(meta['data'].get('looks', {}), data['looks'])
+    if other:
+        raise ValueError(f'data: the run in {folder} was begun with {meta["data"]["samples"]} samples of {len(meta["data"]["classes"])} '
+                         f'classes; these are {data["samples"]} of {len(data["classes"])}, {other[0]}; go on with the same, or take '
+                         'another folder')
     return {k: [was.get(k), now.get(k)] for k in differ}
 
+# %% ../nbs/15_scale.ipynb #13808d4f
 def told_of(data, most:int=16) -> dict:
-    "What a checkpoint keeps of a dataset, to know it again: how many, which classes, a hash of the labels, and how a few of the samples look."
+    "What a checkpoint keeps of a dataset, to know it again: number, classes, a hash of the labels, how a few of the samples look."
     labels, looks = getattr(data, 'labels', None), {}
     for i in sorted({int(keyed(0, 0, k, 'look').integers(len(data))) for k in range(most)}):
         with contextlib.suppress(Exception):                                     # which cannot be read: the loader's affair
             x = _take(data, torch.tensor([i]))[0]
             looks[str(i)] = [round(v, 3) if math.isfinite(v) else None for v in (x.mean().item(), x.std().item())]
-    return {'samples': len(data), 'classes': [str(k) for k in data.classes], 'labels': None if labels is None else hashlib.sha256(torch.as_tensor(labels).long().cpu().numpy().tobytes()).hexdigest()[:16], 'looks': looks}
+    return {'samples': len(data), 'classes': [str(k) for k in data.classes],
+            'labels': None if labels is None else hashlib.sha256(torch.as_tensor(labels).long().cpu().numpy().tobytes()).hexdigest()[:16],
+            'looks': looks}
 
 def other_looks(was:dict, now:dict) -> bool:
     "Are more than half of these samples others? A few may have been mended, and another version of a decoder rounds otherwise."
     both = [(a, b) for k in was.keys() & now.keys() for a, b in zip(was[k], now[k]) if a is not None and b is not None]
     return 2 * sum(abs(a - b) > .01 * max(1, abs(a)) for a, b in both) > len(both)
 
-# %% ../nbs/15_scale.ipynb #ac666bac
+# %% ../nbs/15_scale.ipynb #8c06d2ac
 class Start(NamedTuple):
     "From what a new run takes its weights."
     folder:Path                          # of a run, or of save_pretrained
@@ -317,14 +363,17 @@ def start_of(text) -> Start: # 'RUN', 'RUN@STEP', or a folder of save_pretrained
     name, _, step = str(text).rpartition('@')
     if not (name and step.isdigit()) or Path(text).expanduser().exists(): name, step = str(text), None
     folder = Path(name).expanduser().resolve()
-    if not folder.is_dir(): raise ValueError(f'start: there is no folder {name}; give RUN, RUN@STEP, or a folder that save_pretrained wrote')
+    if not folder.is_dir():
+        raise ValueError(f'start: there is no folder {name}; give RUN, RUN@STEP, or a folder that save_pretrained wrote')
     steps = sorted(int(m[1]) for p in folder.glob('checkpoints/*') if (m := STEP.fullmatch(p.name)))
     if steps and step is not None and int(step) not in steps:
         raise ValueError(f'start: {name} holds no checkpoint of step {step}; there are {", ".join(map(str, steps))}')
     if steps: return Start(folder, None if step is None else int(step), True)
     if step is None and (folder/'config.json').is_file(): return Start(folder, None, False)
-    raise ValueError(f'start: {name} holds neither checkpoints nor a config.json; give RUN, RUN@STEP, or a folder that save_pretrained wrote, such as RUN/model')
+    raise ValueError(f'start: {name} holds neither checkpoints nor a config.json; give RUN, RUN@STEP, or a folder that save_pretrained '
+                     'wrote, such as RUN/model')
 
+# %% ../nbs/15_scale.ipynb #ecca6c8d
 def config_at(start:Start) -> Config:
     "The configuration with which that was trained."
     if start.whole:
@@ -337,8 +386,11 @@ def config_at(start:Start) -> Config:
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise ValueError(f'start: {file} names no configuration ({type(e).__name__}: {e}); say which one: --config NAME') from None
 
-def by_class(name:str) -> bool: return name.endswith('embed.weight') # a tensor with a row for each class
+def by_class(name:str) -> bool:
+    "Is this a tensor with a row for each class?"
+    return name.endswith('embed.weight') # a tensor with a row for each class
 
+# %% ../nbs/15_scale.ipynb #27761170
 def fill(model:nn.Module, state:dict, source) -> dict: # -> {'anew': names, 'left out': names}
     "Weights of another model of the same architecture; ValueError names what does not fit. Another number of classes may be."
     own = model.state_dict()
@@ -352,46 +404,36 @@ def fill(model:nn.Module, state:dict, source) -> dict: # -> {'anew': names, 'lef
         for k in fits: own[k].copy_(state[k])
     return {'anew': [k for k in odd if k in own], 'left out': [k for k in odd if k not in own]}
 
-# %% ../nbs/15_scale.ipynb #57122718
-class Training:
-    "One run of one configuration: what `train` puts together."
+# %% ../nbs/15_scale.ipynb #196dee75
+class RunStart:
+    "A run: what it is made of, and at which step it begins."
     def __init__(self, c:Config, run:Run, world:World, stop:Stop, data, every:int, save_every:int, keep:int, forever:int,
                  sample_every:int, fid_every:int, judge, start:Start=None, source:Run=None):
         self.c, self.run, self.world, self.stop, self.judge, self.start, self.source = c, run, world, stop, judge, start, source
         self.every, self.save_every, self.keep, self.forever = every, save_every, keep, forever
         self.sample_every, self.fid_every, self.begins = sample_every, fid_every, False
         self.recipe = build(c, world.device)
-        if data is None: data = check_data(c, open_data(c, folder=c.data.latents or run.folder/'latents', part=(world.rank, world.size), vae=self.recipe.vae, device=world.device))
+        if data is None:
+            data = check_data(c, open_data(c, folder=c.data.latents or run.folder/'latents', part=(world.rank, world.size),
+                                           vae=self.recipe.vae, device=world.device))
         self.data, self.sharded, self.card, self.changed = data, c.system.parallel == 'fsdp', None, {}
         told = run.every(lambda: told_of(self.data) if world.rank == 0 else None)[0]
         self.meta = {'config': to_dict(c), 'data': told, 'world': world.size, 'torch': str(torch.__version__), 'flowbook': __version__}
-
-    def go(self, resume:bool, console, tensorboard:bool) -> Outcome:
-        "All stages, from where the newest intact checkpoint is."
-        self.at, total, first = self.find(resume), sum(s.steps for s in self.recipe.stages), 0
-        if not self.world.rank: (self.run.folder/'status').unlink(missing_ok=True) # of an earlier part; not before it is known that this one goes on
-        if console and not self.world.rank: console(self.head(total))
-        with Journal(self.run.folder, self.at, total, console, tensorboard) as self.journal:
-            if self.changed: self.journal.note('changed', self.at, **self.changed)
-            for i, stage in enumerate(self.recipe.stages):
-                last = first + stage.steps
-                if self.at < last or last == total:
-                    k = self.train(i, first, total)
-                    if k < last: return Outcome('stopped', k, self.run.folder/'model')
-                first = last
-            return Outcome('done', total, self.run.folder/'model')
 
     def find(self, resume:bool) -> int:
         "The steps behind this run; what is wrong with it, or with going on, is said now."
         steps = self.run.every(self.run.steps)[0]                                # what rank 0 sees: file systems of clusters may lag
         if not steps: return self.begin()
-        if not resume: raise ValueError(f'out: {self.run.folder} holds a run of {steps[-1]} steps; go on with it (resume=True), or take another folder')
+        if not resume:
+            raise ValueError(f'out: {self.run.folder} holds a run of {steps[-1]} steps; '
+                             'go on with it (resume=True), or take another folder')
         at, meta = load(self.run, {}, strict=False)
         self.changed = check_same(self.c, self.meta['data'], meta, self.run.folder)
         self.changed |= {k: [meta.get(k), self.meta[k]] for k in ('world', 'torch', 'flowbook') if meta.get(k) != self.meta[k]}
         if was := meta.get('from'): self.meta['from'] = was                      # its origin goes along
         if self.start and not (was and was['run'] == str(self.start.folder) and self.start.step in (None, was['at'])):
-            raise ValueError(f'start: {self.run.folder} holds a run that began {"from " + was["run"] if was else "as a new one"}, and {self.start} came; '
+            raise ValueError(f'start: {self.run.folder} holds a run that began {"from " + was["run"] if was else "as a new one"}, and '
+                             f'{self.start} came; '
                              'go on with it without --from, or take another folder')
         return at
 
@@ -402,11 +444,16 @@ class Training:
         if not self.start.whole: return 0
         at, meta = load(self.source, {}, step=self.start.step, strict=False)
         was, now, ends = leaves(meta['config']), leaves(to_dict(self.c)), list(itertools.accumulate(s.steps for s in self.recipe.stages))
-        if at >= ends[-1]: raise ValueError(f'start: {self.start.folder} is at step {at:,}, and this run would end at {ends[-1]:,}; give more: optim.steps={2 * at}')
+        if at >= ends[-1]:
+            raise ValueError(f'start: {self.start.folder} is at step {at:,}, and this run would end at {ends[-1]:,}; give more: '
+                             f'optim.steps={2 * at}')
         stage = self.recipe.stages[next(i for i, last in enumerate(ends) if at <= last)].name
-        if meta.get('stage', stage) != stage: raise ValueError(f'start: step {at} of {self.start.folder} is in the stage {meta["stage"]!r}, here it would be in {stage!r}; keep joint.* and the number of steps of the first stage')
+        if meta.get('stage', stage) != stage:
+            raise ValueError(f'start: step {at} of {self.start.folder} is in the stage {meta["stage"]!r}, here it would be in {stage!r}; '
+                             'keep joint.* and the number of steps of the first stage')
         differ = {k: [was.get(k), now.get(k)] for k in {**was, **now} if was.get(k) != now.get(k)}
-        if meta['data'] != self.meta['data']: differ['data'] = [f'{d["samples"]} samples of {len(d["classes"])} classes' for d in (meta['data'], self.meta['data'])]
+        if meta['data'] != self.meta['data']:
+            differ['data'] = [f'{d["samples"]} samples of {len(d["classes"])} classes' for d in (meta['data'], self.meta['data'])]
         self.meta['from'] |= {'at': at, 'changed': differ}
         return at
 
@@ -415,18 +462,25 @@ class Training:
         c, world, origin = self.c, self.world, self.meta.get('from')
         kind = torch.cuda.get_device_name(world.device) if world.device.type == 'cuda' else world.device.type
         learned = sum(v for k, v in parameters(c).items() if not k.endswith('frozen'))
+        otherwise = {k.partition('=')[0]: k for k in c.changed}.values()         # of a key that was set twice, the last
         classes = f'{len(self.data.classes):,} classes' if c.data.classes else 'no labels'
-        lines = [f'{c.name}: {short(learned)} numbers are trained' + f', with {" ".join(c.changed)}' * bool(c.changed),
-                 f'  on {len(self.data):,} images ({classes}), {c.optim.batch_size} a step, {total:,} steps, {c.system.amp if c.system.amp == "bf16" else "float32"}',
+        lines = [f'{c.name}: {short(learned)} numbers are trained' + f', with {few(otherwise, 6)}' * bool(otherwise),
+                 f'  on {len(self.data):,} images ({classes}), {c.optim.batch_size} a step, {total:,} steps, '
+                 f'{c.system.amp if c.system.amp == "bf16" else "float32"}',
                  f'  in {world.size} process{"es" * (world.size > 1)} on {kind}; folder {self.run.folder}']
         if self.begins: lines.append(f'  begins from {origin["run"]}' + (f' at step {self.at:,}' if self.start.whole else ', weights alone')
                                      + ''.join(f'; {k} {a} -> {b}' for k, (a, b) in list(origin['changed'].items())[:6] if k not in ABOUT))
-        elif self.at: lines.append(f'  goes on from step {self.at:,}' + ''.join(f'; {k} {a} -> {b}' for k, (a, b) in list(self.changed.items())[:4]))
+        elif self.at:
+            lines.append(f'  goes on from step {self.at:,}' + ''.join(f'; {k} {a} -> {b}' for k, (a, b) in list(self.changed.items())[:4]))
         here = c.system.workers * min(world.size, int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
         if here > (cores := len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()):
-            lines.append(f'  {here} worker processes read images, and this machine has {cores} cores: --workers {max(1, cores // max(1, here // c.system.workers))} may be faster')
+            lines.append(f'  {here} worker processes read images, and this machine has {cores} cores: --workers '
+                         f'{max(1, cores // max(1, here // c.system.workers))} may be faster')
         return '\n'.join(lines)
 
+# %% ../nbs/15_scale.ipynb #692713e7
+class RunModel(RunStart):
+    "... with the model, its average and its optimiser as they were."
     def prepared(self, i:int):
         "Stage i, its model and its average, as they are trained: the same in all processes, recomputing, compiled, sharded."
         c, s = self.c, self.c.system
@@ -448,47 +502,8 @@ class Training:
         "What was sharded in one stage is built anew for the next."
         old, self.recipe = self.recipe, build(self.c, self.world.device)
         filled(self.recipe.model, old.model.state_dict())
-        if isinstance(o := old.stages[i].objective, nn.Module): self.recipe.stages[i].objective.load_state_dict(o.state_dict(), strict=False)
-
-    def train(self, i:int, first:int, total:int) -> int: # -> steps done, less than the stage's last where it was told to stop
-        "One stage, whose steps follow `first` steps of earlier ones."
-        c, (stage, model, mean) = self.c, self.prepared(i)
-        whole = flops(c, before=i + 1 < len(self.recipe.stages))
-        speed = Speed(c.optim.batch_size, sum(whole.values()), self.world.size, self.world.device, 'bf16' if c.system.amp == 'bf16' else 'fp32', max(self.at, first), total)
-        loop = Parallel(self.world, c.system.accumulate, max(self.at - first, 0), c.seed, lambda k: k == stage.steps or self.due(first + k), self.stop, self.restore(first, stage))
-        k, loaders = max(self.at, first), []
-        def feed():                                                              # opened at the first step: then it is known where to start
-            loaders.append(loader(self.data, c.optim.batch_size, c.seed, stage.transforms, loop.done, (self.world.rank, self.world.size), c.system.accumulate, c.system.workers))
-            for self.batch in speed.watch(loaders[0]): yield self.batch
-        try:
-            for report in fit(model, feed(), stage.objective, steps=stage.steps, ema=mean, amp=c.system.amp, every=self.every, device=self.world.device, loop=loop, **stage.fit):
-                k = first + report['step']
-                report |= {'step': k, 'stage': stage.name, **speed.read(k), 'unreadable': loaders[0].bad}
-                with speed.paused(): self.after(k, report, stage, model, mean, loop, last=k == first + stage.steps)
-                if loop.stopping: break
-        except NonFiniteLoss as e:
-            with contextlib.suppress(CheckpointError): self.run.wait()           # what is still being written is from before, and counts
-            self.journal.note('not finite', first + e.step, what=str(e), samples=sum(e.samples.values(), []), odd=e.odd)
-            e.args = (f'{e} {self.way_out(e)}',)
-            raise
-        finally:
-            for l in loaders: l.close()
-        self.run.wait()
-        if self.at >= first + stage.steps: self.run.every(lambda: self.export(k, stage, model, mean))    # nothing was left to do: the weights may be
-        return k
-
-    def way_out(self, e:NonFiniteLoss) -> str:
-        "What to type after a loss that is no number."
-        if not (steps := self.run.steps()): return 'There is no checkpoint yet: begin again in another folder.'
-        newest, o = f'The newest checkpoint in {self.run.folder} is of step {steps[-1]}.', self.c.optim
-        if e.odd: return f'{newest} Mend or remove the sample; the same command goes on.'
-        what = f'optim.lr={o.lr / 2:g}' + ' optim.clip=1' * (not o.clip)
-        return (f'{newest} The same command would meet the same step again. A new run takes this checkpoint and what is to be different: '
-                f'flowbook_train --from {self.run.folder}@{steps[-1]} --out NEW {what}')
-
-    def due(self, k:int) -> bool:
-        "Is step k to be saved, shown or judged?"
-        return any(n and k % n == 0 for n in (self.save_every, self.sample_every, self.fid_every))
+        if isinstance(o := old.stages[i].objective, nn.Module):
+            self.recipe.stages[i].objective.load_state_dict(o.state_dict(), strict=False)
 
     def restore(self, first:int, stage):
         "What `fit` calls before its first step; nothing, where nothing was saved."
@@ -497,7 +512,8 @@ class Training:
             if self.begins: return self.take(first, stage)
             if self.at > first: load(self.run, lambda names: pack(model, objective, opt, mean, names), step=self.at, verify='sizes')
             elif self.at == first > 0:                                           # between two stages: what they share
-                load(self.run, lambda names: {k: v for k, v in pack(model, objective).items() if k in names}, step=self.at, verify='sizes', strict=False)
+                load(self.run, lambda names: {k: v for k, v in pack(model, objective).items() if k in names}, step=self.at, verify='sizes',
+                     strict=False)
             if self.at > first: self.picture(self.at, stage, model, mean, last=self.at == first + stage.steps, lost=True)
         return put
 
@@ -514,7 +530,8 @@ class Training:
             return {k: v for k, v in live.items() if k in names}
         try: load(self.source, into, step=self.at, verify='sizes', strict=False)
         except ValueError as e:
-            raise ValueError(f'start: {self.source.folder} at step {self.at} does not fit this configuration: {e}; begin with the same architecture (flow.*), '
+            raise ValueError(f'start: {self.source.folder} at step {self.at} does not fit this configuration: {e}; begin with the same '
+                             'architecture (flow.*), '
                              f'or take the weights alone: --from {self.source.folder}/model') from None
         save(self.run, self.at, pack(*self.parts), {**self.meta, 'stage': stage.name}, keep=self.keep, forever=self.forever)
         self.journal.note('from', self.at, **self.meta['from'], out=str(self.run.folder), **{k: few(v) for k, v in lists.items() if v})
@@ -525,6 +542,107 @@ class Training:
         def read(): return fill(model, type(model).from_pretrained(self.start.folder).state_dict(), self.start.folder)
         found = self.run.every(read)[0]
         self.journal.note('from', 0, **self.meta['from'], out=str(self.run.folder), **{k: few(v) for k, v in found.items() if v})
+
+# %% ../nbs/15_scale.ipynb #1a5e3dc7
+class RunOutput(RunModel):
+    "... with what others are to read."
+    def export(self, k:int, stage, model, mean, shown=None) -> None:
+        "RUN/model: what `from_pretrained` reads, of the newest save."
+        if shown is None and self.sharded:                                       # whole on rank 0's CPU, and nowhere else
+            state = weights(model if mean is None else mean.module)
+            if self.world.rank: return
+            shown = filled(self.empty(stage), state)
+        shown = shown or self.plain(stage, model, mean)
+        if self.world.rank: return
+        if self.card is None: self.card = card_of(self.c, self.data)
+        save_model(self.recipe, shown, self.run.folder/'model', {**self.card, 'steps': k})
+
+    def plain(self, stage, model, mean) -> nn.Module:
+        "The averaged model, whole, and neither recomputing nor compiled: to draw from, and to keep."
+        if mean is not None and not self.sharded: return mean.module
+        return filled(self.empty(stage).to(self.world.device), (model if mean is None else mean.module).state_dict())
+
+    def empty(self, stage) -> nn.Module:
+        "A model of this stage whose weights are to be filled in."
+        with torch.random.fork_rng(devices=[]): model = model_of(self.c)
+        if stage.prepare: stage.prepare(model)
+        return model
+
+    def way(self) -> dict:
+        "How samples are drawn, as the configuration says."
+        c, s = self.c, self.c.sample
+        sigma = c.noise.sigma if s.denoise and c.noise.kind == 'gaussian' and not c.joint else 0.
+        return dict(guidance=guidance_of(c), sigma=sigma, gamma=s.gamma, decode=self.recipe.vae.decode if self.recipe.vae else None)
+
+    # lost: only if a run that was killed did not come to it
+    def picture(self, k:int, stage, model, mean, shown=None, last:bool=False, lost:bool=False) -> None:
+        "Samples, when it is time."
+        if not self.sample_every or not (k % self.sample_every == 0 or last): return
+        if lost and self.run.every(lambda: (self.run.folder/'samples'/f'step-{k:08}.png').exists())[0]: return
+        def draw():
+            with torch.random.fork_rng(devices=[]): path = grid(shown or self.plain(stage, model, mean), self.run.folder, k, **self.way())
+            self.journal.image('samples', path, k)
+        # another rank writes nothing: it may not drop out of what all do together
+        self.failed(draw, k, () if self.world.rank else OSError)
+
+    def failed(self, f, k:int, kind) -> bool:
+        "Did f fail in this way? Then it is said, and the run goes on: what was computed is worth more."
+        try: f()
+        except kind as e:
+            warnings.warn(str(e)); self.journal.note('not written', k, what=str(e))
+            return True
+        return False
+
+# %% ../nbs/15_scale.ipynb #ddbbb977
+class Training(RunOutput):
+    "One run of one configuration: what `train` puts together."
+    def go(self, resume:bool, console, tensorboard:bool) -> Outcome:
+        "All stages, from where the newest intact checkpoint is."
+        self.at, total, first = self.find(resume), sum(s.steps for s in self.recipe.stages), 0
+        # of an earlier part; not before it is known that this one goes on
+        if not self.world.rank: (self.run.folder/'status').unlink(missing_ok=True)
+        if console and not self.world.rank: console(self.head(total))
+        with Journal(self.run.folder, self.at, total, console, tensorboard) as self.journal:
+            if self.changed: self.journal.note('changed', self.at, **self.changed)
+            for i, stage in enumerate(self.recipe.stages):
+                last = first + stage.steps
+                if self.at < last or last == total:
+                    k = self.train(i, first, total)
+                    if k < last: return Outcome('stopped', k, self.run.folder/'model')
+                first = last
+            return Outcome('done', total, self.run.folder/'model')
+
+    def train(self, i:int, first:int, total:int) -> int: # -> steps done, less than the stage's last where it was told to stop
+        "One stage, whose steps follow `first` steps of earlier ones."
+        c, (stage, model, mean) = self.c, self.prepared(i)
+        whole = flops(c, before=i + 1 < len(self.recipe.stages))
+        speed = Speed(c.optim.batch_size, sum(whole.values()), self.world.size, self.world.device,
+                      'bf16' if c.system.amp == 'bf16' else 'fp32', max(self.at, first), total)
+        loop = Parallel(self.world, c.system.accumulate, max(self.at - first, 0), c.seed, lambda k: k == stage.steps or self.due(first + k),
+                        self.stop, self.restore(first, stage))
+        k, loaders = max(self.at, first), []
+        def feed():                                                              # opened at the first step: then it is known where to start
+            loaders.append(loader(self.data, c.optim.batch_size, c.seed, stage.transforms, loop.done, (self.world.rank, self.world.size),
+                                  c.system.accumulate, c.system.workers))
+            for self.batch in speed.watch(loaders[0]): yield self.batch
+        try:
+            for report in fit(model, feed(), stage.objective, steps=stage.steps, ema=mean, amp=c.system.amp, every=self.every,
+                              device=self.world.device, loop=loop, **stage.fit):
+                k = first + report['step']
+                report |= {'step': k, 'stage': stage.name, **speed.read(k), 'unreadable': loaders[0].bad}
+                with speed.paused(): self.after(k, report, stage, model, mean, loop, last=k == first + stage.steps)
+                if loop.stopping: break
+        except NonFiniteLoss as e:
+            with contextlib.suppress(CheckpointError): self.run.wait()           # what is still being written is from before, and counts
+            self.journal.note('not finite', first + e.step, what=str(e), samples=sum(e.samples.values(), []), odd=e.odd)
+            e.args = (f'{e} {self.way_out(e)}',)
+            raise
+        finally:
+            for l in loaders: l.close()
+        self.run.wait()
+        # nothing was left to do: the weights may be
+        if self.at >= first + stage.steps: self.run.every(lambda: self.export(k, stage, model, mean))
+        return k
 
     def after(self, k:int, report:dict, stage, model, mean, loop, last:bool) -> None:
         "A report: written; and, when it is time, looked into, saved, shown, judged."
@@ -537,60 +655,30 @@ class Training:
             report |= quality(shown, *self.judge, **self.way())
         self.journal.write(report)
         if ending or k % self.save_every == 0:
-            failed = self.failed(self.run.wait, k, CheckpointError)              # of the save before: this one is tried all the same, and waited for
+            # of the save before: this one is tried all the same, and waited for
+            failed = self.failed(self.run.wait, k, CheckpointError)
             save(self.run, k, pack(*self.parts), {**self.meta, 'stage': stage.name}, keep=self.keep, forever=self.forever,
                  asynchronous=not ending and not failed)
-            failed = self.failed(lambda: self.run.every(lambda: self.export(k, stage, model, mean, shown)), k, () if ending else OSError)   # what fails on rank 0 fails on all
+            # what fails on rank 0 fails on all
+            failed = self.failed(lambda: self.run.every(lambda: self.export(k, stage, model, mean, shown)), k, () if ending else OSError)
             if not failed: self.journal.note('saved', k)
         self.picture(k, stage, model, mean, shown, last)
         if loop.stopping: self.journal.note('stopped', k, by=self.stop.seen or 'another process')
 
-    def failed(self, f, k:int, kind) -> bool:
-        "Did f fail in this way? Then it is said, and the run goes on: what was computed is worth more."
-        try: f()
-        except kind as e:
-            warnings.warn(str(e)); self.journal.note('not written', k, what=str(e))
-            return True
-        return False
+    def due(self, k:int) -> bool:
+        "Is step k to be saved, shown or judged?"
+        return any(n and k % n == 0 for n in (self.save_every, self.sample_every, self.fid_every))
 
-    def picture(self, k:int, stage, model, mean, shown=None, last:bool=False, lost:bool=False) -> None: # lost: only if a run that was killed did not come to it
-        "Samples, when it is time."
-        if not self.sample_every or not (k % self.sample_every == 0 or last): return
-        if lost and self.run.every(lambda: (self.run.folder/'samples'/f'step-{k:08}.png').exists())[0]: return
-        def draw():
-            with torch.random.fork_rng(devices=[]): path = grid(shown or self.plain(stage, model, mean), self.run.folder, k, **self.way())
-            self.journal.image('samples', path, k)
-        self.failed(draw, k, () if self.world.rank else OSError)                 # another rank writes nothing: it may not drop out of what all do together
+    def way_out(self, e:NonFiniteLoss) -> str:
+        "What to type after a loss that is no number."
+        if not (steps := self.run.steps()): return 'There is no checkpoint yet: begin again in another folder.'
+        newest, o = f'The newest checkpoint in {self.run.folder} is of step {steps[-1]}.', self.c.optim
+        if e.odd: return f'{newest} Mend or remove the sample; the same command goes on.'
+        what = f'optim.lr={o.lr / 2:g}' + ' optim.clip=1' * (not o.clip)
+        return (f'{newest} The same command would meet the same step again. A new run takes this checkpoint and what is to be different: '
+                f'flowbook_train --from {self.run.folder}@{steps[-1]} --out NEW {what}')
 
-    def empty(self, stage) -> nn.Module:
-        "A model of this stage whose weights are to be filled in."
-        with torch.random.fork_rng(devices=[]): model = model_of(self.c)
-        if stage.prepare: stage.prepare(model)
-        return model
-
-    def plain(self, stage, model, mean) -> nn.Module:
-        "The averaged model, whole, and neither recomputing nor compiled: to draw from, and to keep."
-        if mean is not None and not self.sharded: return mean.module
-        return filled(self.empty(stage).to(self.world.device), (model if mean is None else mean.module).state_dict())
-
-    def way(self) -> dict:
-        "How samples are drawn, as the configuration says."
-        c, s = self.c, self.c.sample
-        sigma = c.noise.sigma if s.denoise and c.noise.kind == 'gaussian' and not c.joint else 0.
-        return dict(guidance=guidance_of(c), sigma=sigma, gamma=s.gamma, decode=self.recipe.vae.decode if self.recipe.vae else None)
-
-    def export(self, k:int, stage, model, mean, shown=None) -> None:
-        "RUN/model: what `from_pretrained` reads, of the newest save."
-        if shown is None and self.sharded:                                       # whole on rank 0's CPU, and nowhere else
-            state = weights(model if mean is None else mean.module)
-            if self.world.rank: return
-            shown = filled(self.empty(stage), state)
-        shown = shown or self.plain(stage, model, mean)
-        if self.world.rank: return
-        if self.card is None: self.card = card_of(self.c, self.data)
-        save_model(self.recipe, shown, self.run.folder/'model', {**self.card, 'steps': k})
-
-# %% ../nbs/15_scale.ipynb #393c9e3b
+# %% ../nbs/15_scale.ipynb #ebf5ae81
 def train(c:Config,                      # of `find_config`, perhaps overridden
           out,                           # the run's folder: checkpoints, log.jsonl, model, samples
           *, device:str='auto', every:int=10, # report every so many steps
@@ -604,16 +692,22 @@ def train(c:Config,                      # of `find_config`, perhaps overridden
           data=None,                     # None: what `open_data` opens
           console=print, tensorboard:bool=True) -> Outcome:
     "Train a configuration on all processes that torchrun started, or on one: the same code. Called again, it goes on."
-    for name, v, least in (('every', every, 1), ('save_every', save_every, 1), ('keep', keep, 2), ('forever', forever, 0), ('sample_every', sample_every, 0), ('fid_every', fid_every, 0)): check_whole(name, v, least)
+    for name, v, least in (('every', every, 1), ('save_every', save_every, 1), ('keep', keep, 2), ('forever', forever, 0),
+                           ('sample_every', sample_every, 0), ('fid_every', fid_every, 0)):
+        check_whole(name, v, least)
     for name, v in (('resume', resume), ('tensorboard', tensorboard)): check_choice(name, v, (True, False))
     if fid_n is not None: check_whole('fid_n', fid_n, 2)
-    if console is not None and not callable(console): raise ValueError(f'console: a {type(console).__name__} came, must be a callable that takes a line of text, or None')
+    if console is not None and not callable(console):
+        raise ValueError(f'console: a {type(console).__name__} came, must be a callable that takes a line of text, or None')
     check_config(c); check_path('out', out)
     start = start_of(start) if start is not None else None
-    if start and start.folder == Path(out).expanduser().resolve(): raise ValueError(f'start: {out} is the folder of this run; without --from it goes on, with --from take another --out')
+    if start and start.folder == Path(out).expanduser().resolve():
+        raise ValueError(f'start: {out} is the folder of this run; without --from it goes on, with --from take another --out')
     if data is not None: check_data(c, data)                                     # before a folder is made
     mine, world = not dist.is_initialized(), join(device, c.system.parallel == 'fsdp')
-    if c.optim.batch_size % (world.size * c.system.accumulate): raise ValueError(f'optim.batch_size: {c.optim.batch_size} is not to be divided among {world.size} processes and {c.system.accumulate} micro-batches; take a multiple of {world.size * c.system.accumulate}')
+    if c.optim.batch_size % (world.size * c.system.accumulate):
+        raise ValueError(f'optim.batch_size: {c.optim.batch_size} is not to be divided among {world.size} processes and '
+                         f'{c.system.accumulate} micro-batches; take a multiple of {world.size * c.system.accumulate}')
     stop = Stop(world)
     try:
         with Run(out) as run, Run(start.folder, write=False) if start and start.whole else contextlib.nullcontext() as source:
@@ -626,16 +720,19 @@ def train(c:Config,                      # of `find_config`, perhaps overridden
     if mine: leave()
     return found
 
+# %% ../nbs/15_scale.ipynb #cc0c4c15
 def judge_of(c:Config, n, reference, extractor, world:World) -> tuple: # (Statistics, samples, metrics, extractor), as `quality` takes them
     "Who judges samples, and against what: opened before the first step, because an hour later is too late to miss a file."
     small = (c.data.name, c.data.image_size) == ('digits', 8)
-    look = make_extractor('digits' if small else 'inception', device=world.device) if extractor == 'auto' else make_extractor(extractor, device=world.device)
-    reference = load_statistics(reference) if isinstance(reference, (str, Path)) else reference or collect(open_images(c), look, keep=False, device=world.device)
+    look = make_extractor('digits' if small else 'inception', device=world.device) if extractor == 'auto' else make_extractor(extractor,
+            device=world.device)
+    reference = load_statistics(reference) if isinstance(reference, (str, Path)) else reference or collect(open_images(c), look, keep=False,
+            device=world.device)
     n = min(c.sample.n, reference.n) if n is None else n
     if n < 2 * world.size: raise ValueError(f'fid_n: {n}; a metric needs 2 samples or more in each of {world.size} processes')
     return reference, n, ('fid',), look
 
-# %% ../nbs/15_scale.ipynb #644853b8
+# %% ../nbs/15_scale.ipynb #90b3c225
 def smoke(device:str='auto') -> dict:
     "Do these GPUs work together? Sums that are known, the speed of a large one, and a small model trained whole, sharded and alone."
     world = join(device, sharded=True)
@@ -649,7 +746,9 @@ def smoke(device:str='auto') -> dict:
     leave()
     return found
 
-def bandwidth(world:World, megabytes:int=256, rounds:int=5) -> float: # GB/s an all-reduce moves through each process: 2 (n - 1) / n of the message
+# GB/s an all-reduce moves through each process: 2 (n - 1) / n of the message
+def bandwidth(world:World, megabytes:int=256, rounds:int=5) -> float:
+    "GB/s that an all-reduce moves through each process: 2 (n - 1) / n of the message."
     flat = torch.ones((megabytes if world.device.type == 'cuda' else 16) * 2**18, device=world.device)
     wait = torch.cuda.synchronize if world.device.type == 'cuda' else lambda: None
     dist.all_reduce(flat); wait()
@@ -658,6 +757,7 @@ def bandwidth(world:World, megabytes:int=256, rounds:int=5) -> float: # GB/s an 
     wait()
     return rounds * flat.nbytes * 2 * (world.size - 1) / max(world.size, 1) / (time.perf_counter() - began) / 1e9
 
+# %% ../nbs/15_scale.ipynb #3f9a8702
 def small_training(world:World, kind:str, steps:int=5) -> list:
     "Logs of a small flow on random images; alone: every process trains on the whole batch."
     with torch.random.fork_rng(devices=[]):
@@ -667,13 +767,15 @@ def small_training(world:World, kind:str, steps:int=5) -> list:
     flow = flow.to(world.device)
     if kind == 'sharded': shard(flow, world)
     loop = Parallel(World(device=world.device) if kind == 'alone' else world)
-    return list(fit(flow, [(b[part], torch.zeros(len(b[part])).long()) for b in x], steps=steps, every=1, loop=loop, amp='off', device=world.device))
+    return list(fit(flow, [(b[part], torch.zeros(len(b[part])).long()) for b in x], steps=steps, every=1, loop=loop, amp='off',
+                    device=world.device))
 
-# %% ../nbs/15_scale.ipynb #cf4e819b
+# %% ../nbs/15_scale.ipynb #70d2ade4
 #| eval: false
 if __name__ == '__main__':
     import argparse
-    p = argparse.ArgumentParser('python -m flowbook.scale', description='Do these GPUs work together? Under torchrun --nproc-per-node N -m flowbook.scale; a minute.')
+    p = argparse.ArgumentParser('python -m flowbook.scale', description='Do these GPUs work together? Under torchrun --nproc-per-node N -m '
+                                                                        'flowbook.scale; a minute.')
     p.add_argument('--device', default='auto', help='auto, cpu or cuda (default: %(default)s)')
     found = smoke(p.parse_args().device)
     if int(os.environ.get('RANK', 0)) == 0: print('\n'.join(f'{k:24}{v:.1e}' if 'against' in k else f'{k:24}{v}' for k, v in found.items()))

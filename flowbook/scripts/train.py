@@ -6,37 +6,45 @@
 __all__ = ['STOPPED', 'UNPLANNED', 'parser', 'configured', 'write_status', 'world_here', 'check_room', 'main', 'status_of',
            'first_to_say', 'give_up', 'cli']
 
-# %% ../../nbs/16_train.ipynb #9ed6f168
+# %% ../../nbs/16_train.ipynb #11a22d63
 import argparse, hashlib, json, os, sys
-if __name__ == '__main__' and not __package__ and '__file__' in globals(): sys.exit('flowbook_train: run it as a module: python -m flowbook.scripts.train')
+if __name__ == '__main__' and not __package__ and '__file__' in globals():
+    sys.exit('flowbook_train: run it as a module: python -m flowbook.scripts.train')
 from pathlib import Path
 from ..configs import GPUS, Config, changed, describe, find_config, listing, override
 from ..data import replace_bytes
 from ..plan import data_problems, plan, problems_here, told
 from ..recipe import adapt, open_images
 
-# %% ../../nbs/16_train.ipynb #2a69174b
+# %% ../../nbs/16_train.ipynb #403f826d
 def parser() -> argparse.ArgumentParser:
     "The command line of `flowbook_train`."
-    p = argparse.ArgumentParser('flowbook_train', description='Train a configuration of the papers, or its small twin.', epilog=main.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser('flowbook_train', description='Train a configuration of the papers, or its small twin.',
+                                epilog=main.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add('overrides', nargs='*', metavar='key=value', help='what is to be different: optim.lr=1e-3 system.parallel=fsdp')
     add('--list', action='store_true', help='print all configurations; before a name, digits- or mnist5k- is its small twin')
     add('--config', metavar='NAME', help='which one')
     add('--describe', action='store_true', help='print a page about it, and stop')
-    add('--dry-run', action='store_true', help='print what it needs on --world GPUs and what cannot work, and stop; status 3 where something cannot')
-    add('--world', type=int, help='GPUs of --describe and --dry-run (default: those of this machine or of torchrun; without any, as the configuration says)')
+    add('--dry-run', action='store_true', help='print what it needs on --world GPUs and what cannot work, and stop; status 3 where '
+                                               'something cannot')
+    add('--world', type=int, help='GPUs of --describe and --dry-run (default: those of this machine or of torchrun; without any, as the '
+                                  'configuration says)')
     add('--gpu', default='H100', help=f'of --describe and --dry-run: {", ".join(GPUS)} (default: %(default)s)')
     add('--json', action='store_true', help='the plan of --dry-run as JSON')
     add('--out', help="the run's folder: checkpoints, log, samples, and the model for flowbook_sample and flowbook_evaluate")
-    add('--from', dest='start', metavar='RUN[@STEP]', help='a new run, in --out, begins from the checkpoint of another (weights, optimiser, average, place in the data) and may change '
-        'optim.*, noise.*, system.*; of a folder of save_pretrained, RUN/model for instance, the weights alone, at step 0. Without --config: as it was trained')
+    add('--from', dest='start', metavar='RUN[@STEP]', help='a new run, in --out, begins from the checkpoint of another (weights, '
+                                                           'optimiser, average, place in the data) and may change '
+        'optim.*, noise.*, system.*; of a folder of save_pretrained, RUN/model for instance, the weights alone, at step 0. Without '
+        '--config: as it was trained')
     add('--root', help='a folder of images, one subfolder a class: the configuration is adapted to it')
     add('--device', default='auto', help='auto, cpu, cuda or mps (default: %(default)s)')
     add('--every', type=int, default=10, help='steps between two lines of the log (default: %(default)s)')
     add('--save-every', type=int, default=1000, help='steps between two checkpoints (default: %(default)s)')
     add('--keep', type=int, default=2, help='checkpoints that are kept (default: %(default)s)')
-    add('--forever', type=int, default=0, metavar='STEPS', help='and those whose step is a multiple of this are kept for ever: to go back behind a divergence (default: none; 50000 for a long run, --dry-run has their size)')
+    add('--forever', type=int, default=0, metavar='STEPS', help='and those whose step is a multiple of this are kept for ever: to go back '
+                                                                'behind a divergence (default: none; 50000 for a long run, --dry-run has '
+                                                                'their size)')
     add('--sample-every', type=int, default=0, help='steps between two pictures of samples (default: none)')
     add('--fid-every', type=int, default=0, help='steps between two measurements of FID (default: none)')
     add('--fid-samples', type=int, help='of how many samples (default: as the configuration says)')
@@ -48,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     add('--no-resume', action='store_true', help='refuse a folder that holds a run, instead of going on with it')
     return p
 
+# %% ../../nbs/16_train.ipynb #729cd6e1
 def configured(a) -> Config:
     "The configuration that the command line asks for."
     if not a.config and not a.start: raise ValueError('--config: missing; give a name, --list shows all')
@@ -62,7 +71,7 @@ def configured(a) -> Config:
     own = {'seed': a.seed, 'system.workers': a.workers}
     return changed(c, {k: v for k, v in own.items() if v is not None})
 
-# %% ../../nbs/16_train.ipynb #c1d320b0
+# %% ../../nbs/16_train.ipynb #02e86fe8
 STOPPED, UNPLANNED = 75, 3               # exit status of a run that wants to be called again; of a plan with problems
 
 def write_status(out, word:str='') -> None: # '': no file
@@ -83,13 +92,16 @@ def check_room(c:Config, device:str) -> None:
     from flowbook.scale import pick
     size = int(os.environ.get('WORLD_SIZE', 1))
     if found := problems_here(c, size, pick(device)):
-        raise ValueError(f'{found[0].name}: {found[0].says}; try: {found[0].help}' + ' (--anyway trains all the same)' * (found[0].name == 'memory'))
+        raise ValueError(f'{found[0].name}: {found[0].says}; try: {found[0].help}'
+                         + ' (--anyway trains all the same)' * (found[0].name == 'memory'))
 
+# %% ../../nbs/16_train.ipynb #48feb994
 def main(argv=None):
     r"""Train a configuration; returns how the run ended, or the plan.
 
 one device:     flowbook_train --config tarflow-64 --root IMAGES --out RUN
-8 GPUs:         torchrun --nproc-per-node 8 --max-restarts 3 -m flowbook.scripts.train --config tarflow-64 --root IMAGES --out RUN system.accumulate=4
+8 GPUs:         torchrun --nproc-per-node 8 --max-restarts 3 -m flowbook.scripts.train --config tarflow-64 --root IMAGES --out RUN \
+                    system.accumulate=4
 several nodes:  torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint FIRST_NODE:29500 --max-restarts 3 \
                     -m flowbook.scripts.train --config tarflow-64 --root IMAGES --out RUN            (on each node, one RUN for all)
 Slurm, the whole batch file:
@@ -99,11 +111,12 @@ Slurm, the whole batch file:
     RUN=/shared/runs/tarflow-64
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110
     srun torchrun --nnodes $SLURM_NNODES --nproc-per-node 8 --rdzv-backend c10d --rdzv-id $SLURM_JOB_ID --max-restarts 3 \
-        --rdzv-endpoint $(scontrol show hostnames $SLURM_JOB_NODELIST | head -1):29500 --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
+        --rdzv-endpoint $(scontrol show hostnames $SLURM_JOB_NODELIST | head -1):29500 \
+        --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
         -m flowbook.scripts.train --config tarflow-64 --root /shared/imagenet --out $RUN
     grep -qs stopped $RUN/status && scontrol requeue $SLURM_JOB_ID
 
-Two minutes before its time is over, Slurm sends USR1; torchrun passes it on and waits; the run saves and leaves, and the job is queued again.
+Two minutes before its time is over, Slurm sends USR1; torchrun passes it on and waits; the run saves, and the job is queued again.
 A worker's death ends all of them at once; --max-restarts starts them again, and they go on from the newest checkpoint.
 Ctrl-C saves and leaves, and so does a terminal that closes (nohup keeps the run); Ctrl-C twice leaves at once.
 Called again, with the same --out, a run goes on; on more or fewer GPUs, too, if the batch divides.
@@ -123,14 +136,18 @@ Always -m: by its path, `python flowbook/scripts/train.py`, the script cannot fi
     if not a.out: raise ValueError('--out: missing; give a folder for the run (--dry-run and --describe need none)')
     from flowbook.scale import train                        # the engine: not for a list or a plan
     if gone := data_problems(c): raise ValueError(f'data: {gone[0].says}; {gone[0].help}') # here a folder that is only elsewhere stops, too
-    if (status := Path(a.out).expanduser()/'status').is_dir(): raise ValueError(f'--out: {status} is a folder, must be a file or not there; remove it')
+    if (status := Path(a.out).expanduser()/'status').is_dir():
+        raise ValueError(f'--out: {status} is a folder, must be a file or not there; remove it')
     if not a.anyway: check_room(c, a.device)
-    found = train(c, a.out, device=a.device, every=a.every, save_every=a.save_every, keep=a.keep, forever=a.forever, sample_every=a.sample_every,
-                  fid_every=a.fid_every, fid_n=a.fid_samples, reference=a.reference, extractor=a.extractor, resume=not a.no_resume, start=a.start)
+    found = train(c, a.out, device=a.device, every=a.every, save_every=a.save_every, keep=a.keep, forever=a.forever,
+                  sample_every=a.sample_every,
+                  fid_every=a.fid_every, fid_n=a.fid_samples, reference=a.reference, extractor=a.extractor, resume=not a.no_resume,
+                  start=a.start)
     write_status(a.out, found.state)
     if os.environ.get('RANK', '0') == '0': print(f'{found.state} after {found.step:,} steps; the model is in {found.model}')
     return found
 
+# %% ../../nbs/16_train.ipynb #37dbead6
 def status_of(found) -> int: # of what `main` returned
     "The exit status."
     if isinstance(found, dict): return UNPLANNED if any(p['stops'] for p in found['problems']) else 0
@@ -142,13 +159,16 @@ def first_to_say(words:str) -> bool:
     from datetime import timedelta
     from torch.distributed import TCPStore
     name = f'said-{os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}-{hashlib.sha256(words.encode()).hexdigest()}'
-    try: return TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False, timeout=timedelta(seconds=10)).add(name, 1) == 1
+    try:
+        return TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False, timeout=timedelta(seconds=10)).add(name,
+                1) == 1
     except Exception: return True
 
 def give_up(words:str) -> None:
     "One sentence, by one process, and status 1 of all."
     sys.exit(f'flowbook_train: {words}' if first_to_say(words) else 1)
 
+# %% ../../nbs/16_train.ipynb #195620d8
 def cli() -> None:
     "The console script: a mistake ends with one sentence."
     try: found = main()
