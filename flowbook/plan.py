@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MADE', 'ROOM', 'SAVE_EVERY', 'KEEP', 'pretended', 'rows_of', 'shard_plan', 'Shards', 'size_in', 'shards', 'gathered',
-           'key_of', 'shards_of', 'rank_memory', 'Problem', 'batch_problems', 'total_of', 'what_helps',
+           'key_of', 'shards_of', 'rank_memory', 'duration', 'Problem', 'batch_problems', 'total_of', 'what_helps',
            'memory_problems', 'does_not_fit', 'problems_here', 'data_problems', 'other_problems', 'plan', 'size',
-           'duration', 'rounded', 'told']
+           'rounded', 'told']
 
 # %% ../nbs/15_plan.ipynb #937f6a61
 import math, os, time
@@ -142,8 +142,12 @@ def rank_memory(c:Config, world:int) -> dict:
             'average': (s.room + s.rest + s.frozen) * bool(c.optim.ema), 'gathered': gathered(s)}
     return {k: v for k, v in {**out, **real}.items() if v}
 
-# %% ../nbs/15_plan.ipynb #eeca23b5
+# %% ../nbs/15_plan.ipynb #65f3ac69
 ROOM = .95                               # of the card's memory: the rest is the runtime's
+
+def duration(days:float) -> str:
+    "Days, for people."
+    return f'{days:.3g} days' if days >= 2 else f'{24 * days:.3g} hours' if days >= 2 / 24 else f'{1440 * days:.3g} minutes'
 
 class Problem(NamedTuple):
     "What cannot work, or is worth a thought."
@@ -305,14 +309,10 @@ def plan(c:Config, world:int=None, gpu:str='H100', root=None) -> dict:
             'saves': {'best': saves.steps, 'lost': saves.lost, 'lost_at_default': saves.lost_at, 'default': SAVE_EVERY},
             'problems': [q._asdict() for q in problems], 'seconds': time.perf_counter() - start}
 
-# %% ../nbs/15_plan.ipynb #77063fbc
+# %% ../nbs/15_plan.ipynb #567e6656
 def size(n:float) -> str: # bytes, for people
     "Bytes, for people."
     return f'{n / 2**30:.3g} GiB' if n >= 2**29 else f'{n / 2**20:.3g} MiB'
-
-def duration(days:float) -> str:
-    "Days, for people."
-    return f'{days:.3g} days' if days >= 2 else f'{24 * days:.3g} hours' if days >= 2 / 24 else f'{1440 * days:.3g} minutes'
 
 def rounded(n:int) -> int: # two digits of it
     "Two digits of a number."
