@@ -487,14 +487,14 @@ def quality(model:nn.Module, reference, # Statistics, their file, a dataset, a f
     return evaluate(drawn(model, n, seed, batch_size=batch_size, **how), reference, metrics, extractor, batch_size=batch_size,
                     device=device, on_broken='drop')
 
-# %% ../nbs/15_monitor.ipynb #54c56ff9
+# %% ../nbs/15_monitor.ipynb #694d68a4
 def plot_run(folder):
     "Loss, gradient norm and speed of a run over its steps, FID where it was measured; dotted lines where it was resumed. The figure."
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogFormatter
     log, resumed = read_log(folder), [e['step'] for e in read_log(folder, events=True) if e['event'] == 'resumed']
     is_number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)      # a log may say anything; a curve has numbers
-    kinds = [('loss', 'loss', 'nats a dimension, as trained', {}), ('grad_norm', 'gradient', 'norm', {'yscale': 'log'}),
+    kinds = [('loss', 'loss', 'nats a dimension', {}), ('grad_norm', 'gradient', 'norm', {'yscale': 'log'}),
              ('images_per_s', 'speed', 'images a second', {'ylim': (0, None)}), ('fid', 'FID', 'FID', {})]
     kinds = [k for k in kinds if any(is_number(r.get(k[0])) for r in log)]
     if not kinds: raise ValueError(f'folder: the log in {folder} has no report with loss, grad_norm, images_per_s or fid yet')
