@@ -404,7 +404,7 @@ def fill(model:nn.Module, state:dict, source) -> dict: # -> {'anew': names, 'lef
         for k in fits: own[k].copy_(state[k])
     return {'anew': [k for k in odd if k in own], 'left out': [k for k in odd if k not in own]}
 
-# %% ../nbs/15_scale.ipynb #196dee75
+# %% ../nbs/15_scale.ipynb #ff3f2c92
 class RunStart:
     "A run: what it is made of, and at which step it begins."
     def __init__(self, c:Config, run:Run, world:World, stop:Stop, data, every:int, save_every:int, keep:int, forever:int,
@@ -464,8 +464,9 @@ class RunStart:
         learned = sum(v for k, v in parameters(c).items() if not k.endswith('frozen'))
         otherwise = {k.partition('=')[0]: k for k in c.changed}.values()         # of a key that was set twice, the last
         classes = f'{len(self.data.classes):,} classes' if c.data.classes else 'no labels'
+        images = getattr(self.data, 'note', '') or f'{len(self.data):,} images'
         lines = [f'{c.name}: {short(learned)} numbers are trained' + f', with {few(otherwise, 6)}' * bool(otherwise),
-                 f'  on {len(self.data):,} images ({classes}), {c.optim.batch_size} a step, {total:,} steps, '
+                 f'  on {images} ({classes}), {c.optim.batch_size} a step, {total:,} steps, '
                  f'{c.system.amp if c.system.amp == "bf16" else "float32"}',
                  f'  in {world.size} process{"es" * (world.size > 1)} on {kind}; folder {self.run.folder}']
         if self.begins: lines.append(f'  begins from {origin["run"]}' + (f' at step {self.at:,}' if self.start.whole else ', weights alone')

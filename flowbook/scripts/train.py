@@ -16,7 +16,7 @@ from ..data import replace_bytes
 from ..plan import data_problems, plan, problems_here, told
 from ..recipe import adapt, open_images
 
-# %% ../../nbs/16_train.ipynb #403f826d
+# %% ../../nbs/16_train.ipynb #8890d9d1
 def parser() -> argparse.ArgumentParser:
     "The command line of `flowbook_train`."
     p = argparse.ArgumentParser('flowbook_train', description='Train a configuration of the papers, or its small twin.',
@@ -37,7 +37,8 @@ def parser() -> argparse.ArgumentParser:
                                                            'optimiser, average, place in the data) and may change '
         'optim.*, noise.*, system.*; of a folder of save_pretrained, RUN/model for instance, the weights alone, at step 0. Without '
         '--config: as it was trained')
-    add('--root', help='a folder of images, one subfolder a class: the configuration is adapted to it')
+    add('--root', help='a folder of images, one subfolder a class, or train and val which have them (without val a tenth of each '
+        'class is held out): the configuration is adapted to it')
     add('--device', default='auto', help='auto, cpu, cuda or mps (default: %(default)s)')
     add('--every', type=int, default=10, help='steps between two lines of the log (default: %(default)s)')
     add('--save-every', type=int, default=1000, help='steps between two checkpoints (default: %(default)s)')
