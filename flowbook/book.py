@@ -421,8 +421,9 @@ def copy_mathjax(to):
         if (static/part).is_dir(): shutil.copytree(static/part, to/part, ignore=shutil.ignore_patterns('a11y'))
         else: (to/part).parent.mkdir(parents=True, exist_ok=True); shutil.copy(static/part, to/part)
 
-# %% ../nbs/19_book.ipynb #a108e705
+# %% ../nbs/19_book.ipynb #dc79780f
 class Page(NamedTuple):
+    "One page of the site, made of one notebook."
     name: str        # of the notebook, without its suffix
     title: str
     summary: str
@@ -621,8 +622,9 @@ def undressed(root) -> list:
             for f in notebooks(root) if fold_answers(with_doors(f, root)) != read_notebook(f)] + (
             [] if same else ['_quarto.yml is not current; run `flowbook_book dress`'])
 
-# %% ../nbs/19_book.ipynb #2de6a6ba
+# %% ../nbs/19_book.ipynb #70bd0c6e
 class Exercise(NamedTuple):
+    "The tagged cells of one exercise."
     notebook: Path
     name: str        # the tag ex-NAME
     cells: dict      # role -> list of sources
@@ -669,8 +671,9 @@ def attempt(ex, answer):
     except (Exception, SystemExit) as e: return e
     finally: os.chdir(here)
 
-# %% ../nbs/19_book.ipynb #684738ca
+# %% ../nbs/19_book.ipynb #ee1bdd68
 class Report(NamedTuple):
+    "What became of the answers to one exercise."
     name: str
     hints: dict      # answer -> the hint that its reader gets
     problems: list   # [] if the exercise does what it should
@@ -872,13 +875,15 @@ def check(root) -> int:
         for p in problems or []: print(f'           {p}')
     return failed
 
-# %% ../nbs/19_book.ipynb #1c540db3
+# %% ../nbs/19_book.ipynb #075004f3
 def run_command(args):
+    "`flowbook_book run`: what failed."
     failed = run(args.notebooks, args.timeout)
     print('\n\n'.join(failed) or f'ran {len(args.notebooks)} notebook{"s" * (len(args.notebooks) != 1)}')
     return failed
 
 def readme_command(args):
+    "`flowbook_book readme`: what is not current."
     root = book_root()
     if not args.check and (root/settings(root)['nbs_path']/'index.ipynb').is_file():
         (root/'README.md').write_text(readme(root), encoding='utf-8')
@@ -887,6 +892,7 @@ def readme_command(args):
     return problems
 
 def pages_command(args):
+    "`flowbook_book pages`: what is broken."
     out = pages(book_root(), args.out)
     problems = check_site(out)
     for p in problems: print(p)
@@ -894,10 +900,12 @@ def pages_command(args):
     return problems
 
 def dress_command(args):
+    "`flowbook_book dress`."
     dress(book_root())
     print('badges, install cells, folded answers and _quarto.yml are current')
 
 def handout_command(args):
+    "`flowbook_book handout`."
     out = handout(book_root(), args.out, args.notebooks)
     print(f'{len(list(out.glob("*.ipynb")))} notebooks without outputs and solutions in {args.out}')
 
