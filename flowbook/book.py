@@ -462,7 +462,7 @@ def make_page(path) -> Page:
     return Page(path.stem, first(r'^# +(.+)') or path.stem, first(r'^> +(.+)'), number, body,
                 [(i, re.sub('<.*?>', '', text)) for i, text in sections], res.get('outputs', {}))
 
-# %% ../nbs/19_book.ipynb #25a3a521
+# %% ../nbs/19_book.ipynb #5cf52fb6
 def page_link(url, root, out) -> str:
     "Where a notebook's local link leads on the site; files that it needs are copied."
     path, _, anchor = url.partition('#')
@@ -470,7 +470,7 @@ def page_link(url, root, out) -> str:
     folder = Path(root)/cfg['nbs_path']
     file = Path(os.path.normpath(folder/unquote(path)))
     if file.suffix == '.ipynb' and file.parent == folder: return f'{file.stem}.html{anchor}'
-    if file.is_file() and folder in file.parents:
+    if file.is_file() and folder in file.parents and file.suffix != '.md':     # markdown reads better where it is published
         (out/file.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, out/file.relative_to(folder))
     elif file.exists() and Path(root) in file.parents:
