@@ -4,19 +4,18 @@
 
 # %% auto #0
 __all__ = ['ENCODERS', 'DIGITS_ENCODERS', 'STRATEGIES', 'SCHEDULES', 'ALIGN', 'SMALL', 'ROWS', 'OTHER', 'WORDS', 'MNIST',
-           'ALIGNED', 'Encoder', 'check_grid', 'encoder', 'encode', 'DigitsViT', 'warp', 'Warp', 'Views', 'VICReg',
-           'MeanTokenClassifier', 'Sizes', 'train_vit', 'train_digits_encoder', 'train_digits_encoder_labels',
-           'few_of_each', 'few_label_probe', 'probe_digits', 'token_colours', 'Projector', 'alignment_loss', 'Strategy',
-           'as_pairs', 'check_strategy', 'check_pairs', 'Trace', 'trace', 'run_blocks', 'features_in',
-           'nll_per_dimension', 'nll_of', 'Forward', 'ReverseSequential', 'alignment_gradient', 'flat',
-           'gradient_support', 'pseudo_reverse', 'Reverse', 'Detach', 'vjp', 'push', 'Pulled', 'pull_through',
-           'run_cut', 'shared_backward', 'upwards', 'downwards', 'value_error', 'judge_exact', 'alignment_exact',
-           'KeepClean', 'Lookup', 'check_alignment', 'encoder_may_miss', 'without_encoder', 'Alignment', 'steady',
-           'train_aligned', 'features_of', 'table_rows', 'chosen', 'drawn', 'shrunk', 'drawn_fid', 'noisy_test',
-           'share_of', 'read_digits', 'glance', 'at_best_w', 'against', 'judge_r7', 'judge_r8', 'judge_r13',
-           'judge_r14', 'faster', 'judge_r9', 'width', 'judge_r10', 'judge_r2', 'judge_tables', 'alignment_tables',
-           'alignment_mnist', 'train_aligned_flow', 'timm_name', 'patch_side', 'timm_vit', 'few_words',
-           'MissingWeights', 'cached', 'check_reachable', 'no_answer']
+           'ALIGNED', 'Projector', 'alignment_loss', 'Strategy', 'as_pairs', 'check_strategy', 'check_pairs', 'Trace',
+           'trace', 'run_blocks', 'features_in', 'nll_per_dimension', 'nll_of', 'Forward', 'ReverseSequential',
+           'alignment_gradient', 'flat', 'gradient_support', 'pseudo_reverse', 'Reverse', 'Detach', 'vjp', 'push',
+           'Pulled', 'pull_through', 'run_cut', 'shared_backward', 'upwards', 'downwards', 'KeepClean', 'Lookup',
+           'check_alignment', 'encoder_may_miss', 'without_encoder', 'Alignment', 'Encoder', 'check_grid', 'encoder',
+           'encode', 'DigitsViT', 'warp', 'Warp', 'Views', 'VICReg', 'MeanTokenClassifier', 'Sizes', 'train_vit',
+           'train_digits_encoder', 'train_digits_encoder_labels', 'few_of_each', 'few_label_probe', 'probe_digits',
+           'timm_name', 'patch_side', 'timm_vit', 'few_words', 'MissingWeights', 'cached', 'check_reachable',
+           'no_answer', 'value_error', 'judge_exact', 'alignment_exact', 'steady', 'train_aligned', 'features_of',
+           'table_rows', 'chosen', 'drawn', 'shrunk', 'drawn_fid', 'noisy_test', 'share_of', 'read_digits', 'glance',
+           'at_best_w', 'against', 'judge_r7', 'judge_r8', 'judge_r13', 'judge_r14', 'faster', 'judge_r9', 'width',
+           'judge_r10', 'judge_r2', 'judge_tables', 'alignment_tables', 'alignment_mnist', 'train_aligned_flow']
 
 # %% ../nbs/11_repa.ipynb #334ceb38
 import difflib, logging, math, threading
@@ -42,280 +41,7 @@ from .train import GaussianNoise, cosine, fit, keyed_normal, keyed_uniform, to_b
 # Axis legend of this module: b batch, n tokens (and patches), d numbers in a token, D width of the encoder, c h w image,
 # t block and l layer, counted from 1, T blocks. (t, l) says: the features after layer l of block t.
 
-# %% ../nbs/11_repa.ipynb #e7d1d939
-ENCODERS = {'dinov2-b': 'vit_base_patch14_dinov2.lvd142m',     # R-REPA §4.2: the default
-            'dinov2-l': 'vit_large_patch14_dinov2.lvd142m',    # and the others of Table 8
-            'clip-b': 'vit_base_patch16_clip_224.openai',
-            'mae-b': 'vit_base_patch16_224.mae'}
-
-DIGITS_ENCODERS = {'digits': 'digits-encoder', 'digits-labels': 'digits-encoder-labels'} # the book's own, in `flowbook/weights`
-
-# %% ../nbs/11_repa.ipynb #5d271f2d
-class Encoder(nn.Module):
-    "A frozen Vision Transformer: one feature vector for each token of a flow. R-REPA §4.2: v = Phi(x)."
-    def __init__(self, model:nn.Module,  # a ViT of timm, which is frozen here
-                 grid:tuple,             # (rows, columns) of the flow's tokens
-                 patch:int,              # side of the model's patch, in pixels
-                 mean=(.5,), std=(.5,),  # of the model's training images, one number a channel, on the scale 0..1
-                 name:str='encoder'):    # for people
-        super().__init__()
-        if not isinstance(model, nn.Module) or not all(hasattr(model, k) for k in ('num_features', 'forward_intermediates')):
-            raise ValueError(f'model: {type(model).__name__} came, must be a Vision Transformer of timm; `encoder` makes one by its name')
-        for k, v in (('mean', mean), ('std', std)):
-            if not isinstance(v, (tuple, list)) or not v or len(v) != len(mean): raise ValueError(f'{k}: {v!r} came, must be one number a channel')
-            for n in v: check_number(k, n, 0, above=k == 'std')
-        self.grid, self.patch, self.name = check_grid(grid), check_whole('patch', patch), name
-        self.model = model.eval().requires_grad_(False)
-        self.channels, self.width = len(mean), model.num_features
-        for k, v in (('mean', mean), ('std', std)):
-            self.register_buffer(k, torch.tensor(v).view(-1, 1, 1), persistent=False)
-        self.eval()
-
-    def train(self, mode:bool=True): # stays in eval mode, whatever it is part of
-        return super().train(False)
-
-    @torch.no_grad()
-    def forward(self, x:Tensor) -> Tensor: # (b, c, h, w) in [-1, 1], clean and flipped as the flow sees it -> (b, n, D) float32
-        x = self.prepare(x)                                                       # (b, channels, rows patch, columns patch)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda and torch.cuda.is_bf16_supported()):
-            last, = self.model.forward_intermediates(x, indices=1, norm=True, output_fmt='NLC', intermediates_only=True)
-        if tuple(last.shape[1:]) != (self.grid[0] * self.grid[1], self.width):
-            raise ValueError(f'{self.name}: gave {tuple(last.shape)} for {len(x)} images; an encoder of the grid {self.grid} '
-                             f'gives (b, {self.grid[0] * self.grid[1]}, {self.width}), patch tokens alone')
-        return last.float()
-
-    def prepare(self, x:Tensor) -> Tensor: # (b, c, h, w) -> (b, channels, rows patch, columns patch), as the model was trained
-        "Images as the model takes them: its channels, a patch for each token, its mean and variance."
-        check_tensor('x', x, 'b c h w', what='images in [-1, 1]')
-        if x.shape[1] not in {1, 3, self.channels} or 0 in x.shape[2:]: raise ValueError(f'x: shape {tuple(x.shape)} came, must be images (b, c, h, w), c of 1 or 3')
-        x, size = x.float(), tuple(side * self.patch for side in self.grid)
-        if x.shape[1] != self.channels: x = x.mean(1, keepdim=True).expand(-1, self.channels, -1, -1)
-        if tuple(x.shape[2:]) != size: x = F.interpolate(x, size, mode='bicubic', antialias=True)
-        return (((x + 1) / 2 - self.mean) / self.std).to(next(self.model.parameters()).dtype)
-
-    def extra_repr(self): return f'{self.name}: {self.grid} patches of {self.patch} pixels, width {self.width}'
-
-# %% ../nbs/11_repa.ipynb #c76f16d7
-def check_grid(grid) -> tuple: # (rows, columns)
-    "Two positive whole numbers, or a ValueError."
-    whole = isinstance(grid, (tuple, list)) and all(isinstance(g, int) and not isinstance(g, bool) and g > 0 for g in grid)
-    if not whole or len(grid) != 2:
-        raise ValueError(f'grid: {grid!r}; give the (rows, columns) of the flow\'s tokens, '
-                         'for instance (16, 16) for 64x64 images at patch 4')
-    return tuple(grid)
-
-# %% ../nbs/11_repa.ipynb #b4957d46
-def encoder(name:str,           # 'dinov2-b', 'dinov2-l', 'clip-b', 'mae-b'; any timm ViT; 'digits', 'digits-labels'
-            grid:tuple,         # (rows, columns) of the flow's tokens
-            weights=None,       # a local file of the weights (for the digits: a folder); None: the shipped ones, or timm's
-            device='cpu',
-           ) -> Encoder:
-    "A frozen encoder whose patches are the tokens of a flow."
-    grid, device, own = check_grid(grid), check_device('device', device), str(name) in DIGITS_ENCODERS
-    if weights is not None:
-        if not isinstance(weights, (str, Path)) or not Path(weights).expanduser().exists(): raise ValueError(f'weights: there is no file {weights}')
-        weights = Path(weights).expanduser()
-        if weights.is_dir() != own: raise ValueError(f'weights: {weights} came, must be a {"folder" if own else "file"} for {name}')
-    if own:
-        net = DigitsViT.from_pretrained(weights or DIGITS_ENCODERS[name])
-        return Encoder(net.vit, grid, net.config['patch'], name=name).to(device)
-    model, patch = timm_vit(name, grid, weights)
-    cfg = model.pretrained_cfg
-    return Encoder(model, grid, patch, cfg['mean'], cfg['std'], name).to(device)
-
-# %% ../nbs/11_repa.ipynb #c87cfe69
-def encode(encoder, data, batch_size:int=256) -> Tensor: # (samples, n, D)
-    "The encoder's features of a whole dataset."
-    if not isinstance(getattr(encoder, 'mean', None), Tensor): raise ValueError(f'encoder: {type(encoder).__name__} came, must be what `encoder` returned')
-    check_data('data', data, 'batch'); check_whole('batch_size', batch_size)
-    return torch.cat([encoder(data.batch(i)[0].to(encoder.mean.device)).cpu() for i in torch.arange(len(data)).split(batch_size)])
-
-# %% ../nbs/11_repa.ipynb #2439f7c4
-class DigitsViT(nn.Module, Pretrained):
-    "A small Vision Transformer of digits: 2x2 patches, no class token."
-    def __init__(self, dim:int=64,       # width of a token
-                 layers:int=4, heads:int=4,
-                 patch:int=2, image_size:int=8):
-        super().__init__()
-        for k, v in dict(dim=dim, layers=layers, heads=heads, patch=patch, image_size=image_size).items(): check_whole(k, v)
-        if dim % heads: raise ValueError(f'heads: {heads} came, must divide dim {dim}')
-        if image_size % patch: raise ValueError(f'patch: {patch} came, must divide image_size {image_size}')
-        try: from timm.models.vision_transformer import VisionTransformer
-        except ImportError as e: raise ImportError('vision encoders are models of timm: pip install timm') from e
-        self.config = dict(dim=dim, layers=layers, heads=heads, patch=patch, image_size=image_size)
-        self.vit = VisionTransformer(img_size=image_size, patch_size=patch, in_chans=1, num_classes=0, global_pool='', class_token=False,
-                                     embed_dim=dim, depth=layers, num_heads=heads, dynamic_img_size=True)
-        self.reset()
-
-    def reset(self):
-        "Weights of variance 1 / fan-in: timm's 0.02 is for widths of 768, and at 64 learns nothing in a few minutes."
-        for m in self.modules():
-            if isinstance(m, (nn.Linear, nn.Conv2d)):
-                nn.init.trunc_normal_(m.weight, std=m.weight[0].numel() ** -.5)
-                nn.init.zeros_(m.bias)
-        nn.init.trunc_normal_(self.vit.pos_embed, std=.5)
-
-    def forward(self, x:Tensor) -> Tensor: # (b, 1, h, w) in [-1, 1] -> (b, n, dim)
-        check_tensor('x', x, 'b 1 h w')
-        p = self.config['patch']
-        if any(side % p or not side for side in x.shape[2:]): raise ValueError(f'x: images of {x.shape[2]}x{x.shape[3]} came, must be of patches of {p} pixels a side')
-        return self.vit.forward_features(x)
-
-# %% ../nbs/11_repa.ipynb #5d7e84b3
-def warp(x:Tensor,         # (b, c, h, w) in [-1, 1]
-         u:Tensor,         # (b, 6) in [0, 1)
-         strength:float=1.,
-        ) -> Tensor:       # (b, c, h, w)
-    "Turn (to 12 degrees), stretch (15%), shear (0.2) and shift (0.8 pixels of 8) images at random, black moving in."
-    check_tensor('x', x, 'b c h w'); check_tensor('u', u, f'{len(x)} 6', what='six numbers an image'); check_number('strength', strength, 0)
-    turn, *stretch, shear, right, down = (strength * (2 * u - 1)).unbind(1)       # 6 x (b,) in [-1, 1)
-    cos, sin = (turn * math.radians(12)).cos(), (turn * math.radians(12)).sin()
-    wide, high = ((.15 * s).exp() for s in stretch)
-    rows = [[cos * wide, .2 * cos * shear - sin * high, .2 * right],
-            [sin * wide, .2 * sin * shear + cos * high, .2 * down]]
-    matrix = torch.stack([torch.stack(r, 1) for r in rows], 1)                    # (b, 2, 3)
-    return F.grid_sample(x + 1, F.affine_grid(matrix, x.shape, align_corners=False), align_corners=False) - 1
-
-class Warp:
-    "Each image warped, with noise of a random strength up to `sigma`; keyed by sample. Labels pass through."
-    def __init__(self, strength:float=1., sigma:float=.3): self.strength, self.sigma = check_number('strength', strength, 0), check_number('sigma', sigma, 0)
-    def __call__(self, batch:Batch, stream:str='warp') -> Batch:
-        u = keyed_uniform(batch, (7,), stream)                                    # (b, 7)
-        noise = keyed_normal(batch, tuple(batch.x.shape[1:]), stream + ' noise')  # (b, c, h, w)
-        return batch._replace(x=warp(batch.x, u[:, :6], self.strength) + self.sigma * u[:, 6, None, None, None] * noise)
-
-# %% ../nbs/11_repa.ipynb #6f51dfc2
-class Views:
-    "Two views of what should mean the same: an image, and one of its nearest neighbours in pixels, both warped. No labels."
-    def __init__(self, data,             # the dataset that batches come from
-                 neighbours:int=5,       # of each image, one of which is the second view; 0: the image itself
-                 views=None):            # a transform (batch, stream) -> batch; Warp() by default
-        check_data('data', data, 'batch'); check_whole('neighbours', neighbours, 0, len(data) - 1)
-        if views is not None and not callable(views): raise ValueError(f'views: {views!r} came, must be a transform (batch, stream) -> batch, such as Warp()')
-        self.x = data.batch(torch.arange(len(data)))[0]                           # (N, c, h, w)
-        flat, self.views = self.x.flatten(1), views or Warp()
-        self.near = torch.cdist(flat, flat).argsort(1)[:, 1:neighbours + 1] if neighbours else torch.arange(len(data))[:, None]
-
-    def __call__(self, batch:Batch) -> Batch: # x (b, c, h, w) -> (b, 2, c, h, w), y -> -1
-        k = (keyed_uniform(batch, (1,), 'neighbour') * self.near.shape[1]).long()                 # (b, 1)
-        other = self.x[self.near[batch.index].gather(1, k)[:, 0]]
-        views = [self.views(batch._replace(x=x), stream).x for x, stream in ((batch.x, 'first'), (other, 'second'))]
-        return batch._replace(x=torch.stack(views, 1), y=torch.full_like(batch.y, -1))            # the loss never sees a label
-
-# %% ../nbs/11_repa.ipynb #64ac5d52
-class VICReg(nn.Module):
-    "Mean tokens of two views agree, and their coordinates vary and are uncorrelated. Bardes et al., 2022, Eq. 6."
-    def __init__(self, dim:int=64,       # width of the network
-                 d:int=256,              # width of the embedding, which only the loss sees
-                 agree:float=25., vary:float=25., decorrelate:float=1.):
-        super().__init__()
-        check_whole('dim', dim); check_whole('d', d, 2)
-        self.weights = [check_number(k, v, 0) for k, v in dict(agree=agree, vary=vary, decorrelate=decorrelate).items()]
-        self.head = nn.Sequential(nn.Linear(dim, d), nn.BatchNorm1d(d), nn.ReLU(), nn.Linear(d, d))
-
-    def terms(self, a:Tensor, b:Tensor) -> Tensor: # (b, d) twice -> (3,)
-        "How far pairs are apart, how much the standard deviations fall short of 1, and the squared covariances."
-        for k, e in (('a', a), ('b', b)): check_tensor(k, e, f'b {a.shape[-1]}' if k == 'b' else 'b d')
-        if len(a) != len(b) or len(a) < 2: raise ValueError(f'a, b: {len(a)} and {len(b)} rows came, must be equally many, two or more: their variance is asked for')
-        short, mixed = 0., 0.
-        for e in (a, b):
-            e = e - e.mean(0)
-            cov = e.T @ e / (len(e) - 1)                                          # (d, d)
-            short = short + F.relu(1 - (cov.diagonal() + 1e-4).sqrt()).mean()
-            mixed = mixed + (cov.square().sum() - cov.diagonal().square().sum()) / len(cov)
-        return torch.stack([F.mse_loss(a, b), short, mixed])
-
-    def __call__(self, net, x, y, target=None): # x (b, 2, c, h, w); y and target are not used
-        check_tensor('x', x, 'b 2 c h w', what='two views of every image, as `Views` makes them')
-        a, b = (self.head(net(view).mean(1)) for view in x.unbind(1))             # (b, d)
-        terms = self.terms(a, b)
-        loss = (terms * terms.new_tensor(self.weights)).sum()
-        loss.backward()
-        return {'loss': loss.detach(), **dict(zip(('apart', 'short', 'mixed'), terms.detach()))}
-
-# %% ../nbs/11_repa.ipynb #4699ca74
-class MeanTokenClassifier(nn.Module):
-    "Cross-entropy of a linear layer on the mean token: the labelled control."
-    def __init__(self, dim:int=64, classes:int=10):
-        super().__init__()
-        self.head = nn.Linear(check_whole('dim', dim), check_whole('classes', classes))
-    def __call__(self, net, x, y, target=None):
-        check_tensor('x', x, 'b c h w'); check_label_each('y', y, x)
-        if y.device.type == 'cpu' and not 0 <= int(y.min()) <= int(y.max()) < self.head.out_features: raise ValueError(f'y: labels from {y.min()} to {y.max()} came, must be in 0 to {self.head.out_features - 1}')
-        loss = F.cross_entropy(self.head(net(x).mean(1)), y)
-        loss.backward()
-        return {'loss': loss.detach()}
-
-# %% ../nbs/11_repa.ipynb #0bf066ff
-class Sizes(nn.Module):
-    "A network that sees its batches at these sizes in turn, and so learns finer grids of patches than the image's own."
-    def __init__(self, net:nn.Module, sizes=(8, 8, 8, 16)):
-        super().__init__()
-        if not isinstance(net, nn.Module): raise ValueError(f'net: {net!r} came, must be a network')
-        if not isinstance(sizes, (tuple, list)) or not sizes: raise ValueError(f'sizes: {sizes!r} came, must be one size or more, such as (8, 8, 16)')
-        self.net, self.sizes, self.calls = net, [check_whole('sizes', s) for s in sizes], 0
-    def forward(self, x):
-        size, self.calls = self.sizes[self.calls % len(self.sizes)], self.calls + 1
-        return self.net(x if x.shape[-1] == size else F.interpolate(x, (size, size), mode='bicubic', antialias=True))
-
-def train_vit(objective, transforms, seed:int, steps:int, labels:bool) -> DigitsViT: # a class of objectives; dataset -> its transforms
-    "Train the book's encoder on the training digits; what probes find in it goes on its card."
-    check_whole('seed', seed, 0); check_whole('steps', steps)
-    torch.manual_seed(seed)
-    net, data = DigitsViT(), load('digits')
-    stream = batches(data, 128, seed=seed, transforms=transforms(data))
-    for _ in fit(Sizes(net), stream, objective(), steps=steps, lr=2e-3, weight_decay=.05, warmup=20, every=100): pass
-    net.card = {'data': 'digits', 'seed': seed, 'steps': steps, 'labels': labels, **probe_digits(net.eval())}
-    return net
-
-# %% ../nbs/11_repa.ipynb #849f18ed
-def train_digits_encoder(seed:int=0, steps:int=600) -> DigitsViT:
-    "The encoder that has never seen a label."
-    return train_vit(VICReg, lambda data: [Views(data)], seed, steps, labels=False)
-
-def train_digits_encoder_labels(seed:int=0, steps:int=600) -> DigitsViT:
-    "The same network trained on the labels: the control that has seen what accuracy asks for."
-    return train_vit(MeanTokenClassifier, lambda data: [Warp()], seed, steps, labels=True)
-
-# %% ../nbs/11_repa.ipynb #9d3278c3
-def few_of_each(y:Tensor, n:int, seed:int) -> Tensor: # indices
-    "`n` samples of each class."
-    check_tensor('y', y, 'b', 'integers'); check_whole('n', n); check_whole('seed', seed, 0)
-    if not len(y): raise ValueError('y: no labels came, must be one or more')
-    g = torch.Generator().manual_seed(seed)
-    return torch.cat([(own := (y == k).nonzero()[:, 0])[torch.randperm(len(own), generator=g)[:n]] for k in y.unique()])
-
-def few_label_probe(f, y, tf, ty, n:int, draws:int=5) -> float:
-    "`probe_accuracy` from `n` labels a class, the mean of some draws."
-    check_features('f', f, 'y', y); check_whole('draws', draws)
-    few = [few_of_each(y, n, seed) for seed in range(draws)]
-    return sum(probe_accuracy(f[i], y[i], tf, ty, C=.1) for i in few) / draws
-
-# %% ../nbs/11_repa.ipynb #7ccb79e8
-@torch.no_grad()
-def probe_digits(tokens) -> dict:        # callable: (b, 1, 8, 8) -> (b, n, D)
-    "Accuracies on the test digits: from all labels, from ten and from one a class, and from a single token."
-    (x, y), (tx, ty) = (d.batch(torch.arange(len(d))) for d in (load('digits'), load('digits', 'test')))
-    if not callable(tokens): raise ValueError(f'tokens: {tokens!r} came, must be callable: images -> (b, n, D)')
-    f, tf = (check_tensor('tokens', tokens(v), f'{len(v)} n d') for v in (x, tx)) # (b, n, D)
-    m, tm, n = f.mean(1), tf.mean(1), f.shape[1]
-    single = [probe_accuracy(f[:, i], y, tf[:, i], ty, C=.1) for i in range(0, n, max(1, n // 16))]
-    out = {'probe_accuracy': probe_accuracy(m, y, tm, ty), 'ten_label_accuracy': few_label_probe(m, y, tm, ty, 10),
-           'one_label_accuracy': few_label_probe(m, y, tm, ty, 1), 'token_accuracy': sum(single) / len(single)}
-    return {k: round(v, 4) for k, v in out.items()}
-
-# %% ../nbs/11_repa.ipynb #ef944705
-def token_colours(f:Tensor) -> Tensor: # (b, n, D) -> (b, 3, n) in [-1, 1]
-    "The first three principal components of tokens as red, green and blue: like tokens, like colours."
-    check_tensor('f', f, 'b n d')
-    if f.shape[2] < 3 or f.shape[0] * f.shape[1] < 3 or not f.isfinite().all(): raise ValueError(f'f: shape {tuple(f.shape)} came, must be finite numbers: three tokens or more, of width three or more')
-    flat = f.flatten(0, 1).double()
-    flat = flat - flat.mean(0)
-    _, _, V = torch.linalg.svd(flat, full_matrices=False)
-    rgb = flat @ V[:3].T                                                          # (b n, 3)
-    return (rgb / (2 * rgb.std(0)).clamp(min=1e-12)).clamp(-1, 1).float().view(*f.shape[:2], 3).transpose(1, 2)
-
-# %% ../nbs/11_repa.ipynb #0f174570
+# %% ../nbs/11_repa.ipynb #26821474
 class Projector(nn.Module, Pretrained):
     "An MLP of three layers with SiLU from the flow's features to the encoder's. R-REPA §4.2, B.1."
     def __init__(self, dim:int,          # width of the flow's features
@@ -327,14 +53,16 @@ class Projector(nn.Module, Pretrained):
 
     def forward(self, h):                                                       # (..., dim) -> (..., D)
         if not isinstance(h, Tensor) or not h.is_floating_point() or not h.dim() or h.shape[-1] != self.config['dim']:
-            raise ValueError(f'h: {type(h).__name__} of shape {tuple(getattr(h, "shape", ()))} came, must be floating point features (..., {self.config["dim"]})')
+            raise ValueError(f'h: {type(h).__name__} of shape {tuple(getattr(h, "shape", ()))} came, must be floating point features (..., '
+                             f'{self.config["dim"]})')
         return self.net(h)
 
-# %% ../nbs/11_repa.ipynb #618804e8
+# %% ../nbs/11_repa.ipynb #393d54d4
 def alignment_loss(p:Tensor, v:Tensor) -> Tensor: # (..., b, n, D) projected features, (b, n, D) patches -> (...)
     "Minus the cosine of every projected token and its patch, averaged over tokens and samples. R-REPA Eq. 4."
     check_tensor('v', v, 'b n d'); check_tensor('p', p, '...')
-    if p.shape[-3:] != v.shape: raise ValueError(f'p: shape {tuple(p.shape)} came for patches v {tuple(v.shape)}, must be (..., {", ".join(map(str, v.shape))})')
+    if p.shape[-3:] != v.shape:
+        raise ValueError(f'p: shape {tuple(p.shape)} came for patches v {tuple(v.shape)}, must be (..., {", ".join(map(str, v.shape))})')
     wide = torch.promote_types(p.dtype, torch.float32)                          # under bf16 the cosine needs the digits
     return -F.cosine_similarity(p.to(wide), v.to(wide), dim=-1).mean((-2, -1))
 
@@ -358,18 +86,21 @@ class Strategy:
 
     def __repr__(self): return f'{type(self).__name__}({list(self.pairs)})'
 
-# %% ../nbs/11_repa.ipynb #9c750f55
+# %% ../nbs/11_repa.ipynb #329817e7
 def as_pairs(pairs) -> tuple:
     "Pairs (block, layer), sorted; ValueError for what is none."
     try: found = sorted((t, l) for t, l in pairs)
-    except (TypeError, ValueError): raise ValueError(f'pairs: {pairs!r}; give pairs (block, layer), for instance [(7, 6), (8, 6)]') from None
+    except (TypeError, ValueError):
+        raise ValueError(f'pairs: {pairs!r}; give pairs (block, layer), for instance [(7, 6), (8, 6)]') from None
     whole = all(isinstance(v, int) and not isinstance(v, bool) and v >= 1 for p in found for v in p)
     if not found or not whole or len(set(found)) < len(found):
         raise ValueError(f'pairs: {pairs!r}; give one pair (block, layer) or more, each once, both counted from 1')
     return tuple(found)
 
 def check_strategy(strategy) -> None:
-    if not isinstance(strategy, Strategy): raise ValueError(f'strategy: {strategy!r} came; give an object, for instance Reverse([(7, 6), (8, 6)])')
+    "ValueError for what is no `Strategy`."
+    if not isinstance(strategy, Strategy):
+        raise ValueError(f'strategy: {strategy!r} came; give an object, for instance Reverse([(7, 6), (8, 6)])')
 
 def check_pairs(pairs:tuple, flow) -> None:
     "ValueError for a flow that cannot be aligned there."
@@ -395,7 +126,7 @@ def trace(block:TarBlock, x:Tensor, y=None, layers=()) -> Trace: # x in reading 
     mu, alpha, feats = block.params(x, y, features=layers)
     return Trace(x, *affine(x, mu, alpha), mu, alpha, feats)
 
-# %% ../nbs/11_repa.ipynb #fa31a993
+# %% ../nbs/11_repa.ipynb #f34f4b3c
 def run_blocks(flow:BlockFlow, x:Tensor, y=None, layers=lambda t: ()) -> tuple: # layers: block t -> those whose features are wanted
     "The likelihood's forward pass: the traces of all blocks, and z in image order (b, n, d)."
     at, traces = flow.to_parts(x), []
@@ -408,9 +139,13 @@ def features_in(flow:BlockFlow, traces:list, first:int=1) -> dict: # {(t, l): (b
     "The features of traces, the first of which is of block `first`, in image order."
     return {(t, l): flow.blocks[t - 1].unread(h) for t, now in enumerate(traces, first) for l, h in now.feats.items()}
 
-def nll_per_dimension(flow, z, logdet, x): return -(normal_log_prob(z, flow.prior_var) + logdet).mean() / x[0].numel()
+def nll_per_dimension(flow, z, logdet, x) -> Tensor:
+    "The mean negative log-likelihood of a dimension, nats."
+    return -(normal_log_prob(z, flow.prior_var) + logdet).mean() / x[0].numel()
 
-def nll_of(flow, traces, z, x): return nll_per_dimension(flow, z, sum(now.logdet for now in traces), x)
+def nll_of(flow, traces, z, x) -> Tensor:
+    "The same, from the traces of all blocks."
+    return nll_per_dimension(flow, z, sum(now.logdet for now in traces), x)
 
 # %% ../nbs/11_repa.ipynb #8c1a7d4c
 class Forward(Strategy):
@@ -433,12 +168,13 @@ class ReverseSequential(Strategy):
                 feats |= {(t, l): block.unread(v) for l, v in h.items()}
         return nll, dict(sorted(feats.items()))
 
-# %% ../nbs/11_repa.ipynb #6ec2a016
+# %% ../nbs/11_repa.ipynb #03146bbe
 def alignment_gradient(flow:TarFlow, strategy:Strategy, x:Tensor, y, v:Tensor, projector:Projector) -> dict: # v (b, n, D)
     "The gradient of the alignment alone: parameter name -> gradient, zeros (or None) where nothing arrives. Nothing is left in .grad."
     check_strategy(strategy); check_pairs(strategy.pairs, flow); check_tensor('x', x, 'b c h w'); flow.check(x)
     if not len(x): raise ValueError('x: an empty batch came, must be one sample or more')
-    if not isinstance(projector, nn.Module): raise ValueError(f'projector: {type(projector).__name__} came, must be a network, such as Projector')
+    if not isinstance(projector, nn.Module):
+        raise ValueError(f'projector: {type(projector).__name__} came, must be a network, such as Projector')
     x, params = x.detach(), {**dict(flow.named_parameters()), **{f'projector.{k}': p for k, p in projector.named_parameters()}}
     kept = {k: p.grad for k, p in params.items()}
     for p in params.values(): p.grad = None
@@ -452,7 +188,8 @@ def flat(gradient:dict, like:nn.Module) -> Tensor:
     "The gradient of a module's parameters in one vector, zeros where nothing arrived."
     if not isinstance(like, nn.Module): raise ValueError(f'like: {type(like).__name__} came, must be a network')
     if not isinstance(gradient, dict) or (gone := [k for k, _ in like.named_parameters() if k not in gradient]):
-        raise ValueError(f'gradient: {f"it lacks {gone[0]}" if isinstance(gradient, dict) else type(gradient).__name__ + " came"}, must be what `alignment_gradient` gave of this module')
+        raise ValueError(f'gradient: {f"it lacks {gone[0]}" if isinstance(gradient, dict) else type(gradient).__name__ + " came"}, must be '
+                         'what `alignment_gradient` gave of this module')
     return torch.cat([(torch.zeros_like(p) if (g := gradient[k]) is None else g).flatten() for k, p in like.named_parameters()])
 
 def gradient_support(flow:TarFlow, kind, x:Tensor, y, v:Tensor, projector:Projector, layer:int=1) -> Tensor: # kind: pairs -> Strategy
@@ -462,10 +199,11 @@ def gradient_support(flow:TarFlow, kind, x:Tensor, y, v:Tensor, projector:Projec
     T, rows = len(flow.blocks), []
     for t in range(1, T + 1):
         g = alignment_gradient(flow, kind([(t, layer)]), x, y, v, projector)
-        rows.append([sum(float(v.square().sum()) for k, v in g.items() if k.startswith(f'blocks.{s}.') and v is not None)**.5 for s in range(T)])
+        rows.append([sum(float(v.square().sum()) for k, v in g.items() if k.startswith(f'blocks.{s}.') and v is not None)**.5
+                     for s in range(T)])
     return torch.tensor(rows)
 
-# %% ../nbs/11_repa.ipynb #89a2a4f0
+# %% ../nbs/11_repa.ipynb #b7e884b6
 def pseudo_reverse(flow:BlockFlow, traces:list, strategy, y=None) -> tuple: # of the forward pass, whose values are the cache
     "The cached pseudo-reverse by explicit second passes: {(t, l): features}, {t: carried x^(t-1)}. R-REPA Alg. 2, Eq. 9."
     z, feats, carried = None, {}, {}
@@ -475,7 +213,7 @@ def pseudo_reverse(flow:BlockFlow, traces:list, strategy, y=None) -> tuple: # of
         z = zhat if z is None else block.read(z)
         if not strategy.carry: x, h = xhat, block.params(xhat, y, features=layers)[2] if layers else {}
         else:
-            x = xhat + alpha.exp() * (z - zhat)                                 # x_(0): the cache, alive in z alone
+            x = xhat + alpha.exp() * (z - zhat)                                 # x_(0): the cache, with a graph to z alone
             for _ in range(strategy.unroll): x = unaffine(z, *block.params(x, y)[:2])
             mu, alpha, h = block.params(x, y, features=layers)
             if not strategy.unroll: x = unaffine(z, mu, alpha)
@@ -483,7 +221,7 @@ def pseudo_reverse(flow:BlockFlow, traces:list, strategy, y=None) -> tuple: # of
         feats |= {(t, l): block.unread(v) for l, v in h.items()}
     return dict(sorted(feats.items())), carried
 
-# %% ../nbs/11_repa.ipynb #3fdc90a6
+# %% ../nbs/11_repa.ipynb #88cd5a15
 class Reverse(Strategy):
     "The cached pseudo-reverse: block t and those after it learn. R-REPA Alg. 2; the family is this book's."
     def __init__(self, pairs,
@@ -492,7 +230,8 @@ class Reverse(Strategy):
                  rerun:bool=False):      # True: by explicit second passes and one backward pass (for FSDP, and as a check)
         super().__init__(pairs)
         check_whole('unroll', unroll, 0); check_choice('carry', carry, (True, False)); check_choice('rerun', rerun, (True, False))
-        if unroll and not carry: raise ValueError(f'unroll: {unroll} came with carry=False, which carries nothing that could be unrolled; give carry=True')
+        if unroll and not carry:
+            raise ValueError(f'unroll: {unroll} came with carry=False, which carries nothing that could be unrolled; give carry=True')
         self.carry, self.unroll, self.rerun = carry, unroll, rerun
 
     def graph(self, flow, x, y):
@@ -504,7 +243,8 @@ class Reverse(Strategy):
         return shared_backward(self, flow, x, y, pull, likelihood)              # one forward pass serves both: below
 
     def __repr__(self):
-        more = ''.join(f', {k}={v}' for k, v, usual in (('carry', self.carry, True), ('unroll', self.unroll, 0), ('rerun', self.rerun, False)) if v != usual)
+        more = ''.join(f', {k}={v}' for k, v, usual in (('carry', self.carry, True), ('unroll', self.unroll, 0),
+                                                        ('rerun', self.rerun, False)) if v != usual)
         return f'{type(self).__name__}({list(self.pairs)}{more if type(self) is Reverse else ""})'
 
 # %% ../nbs/11_repa.ipynb #f1cd5abd
@@ -565,10 +305,11 @@ def run_cut(flow:BlockFlow, x:Tensor, y, strategy) -> tuple: # -> what enters th
         at = block.unread(traces[-1].z).detach()
     return low, logdet, traces, at.requires_grad_()
 
-# %% ../nbs/11_repa.ipynb #f57961cc
+# %% ../nbs/11_repa.ipynb #57c84561
 def shared_backward(strategy:Reverse, flow:BlockFlow, x:Tensor, y, pull, likelihood:float=1.) -> tuple: # -> nll, weighted alignment loss
     "One forward pass, whose graph both losses use: the alignment upwards, then the likelihood downwards."
-    if isinstance(y, Tensor) and y.requires_grad and not y.is_leaf:             # class weights with a graph: cut, as x is in front of a block
+    # class weights with a graph: cut, as x is in front of a block
+    if isinstance(y, Tensor) and y.requires_grad and not y.is_leaf:
         leaf = y.detach().requires_grad_()
         found = shared_backward(strategy, flow, x, leaf, pull, likelihood)
         if leaf.grad is not None: y.backward(leaf.grad)
@@ -577,7 +318,8 @@ def shared_backward(strategy:Reverse, flow:BlockFlow, x:Tensor, y, pull, likelih
     first, blocks = strategy.pairs[0][0], flow.blocks[strategy.pairs[0][0] - 1:]
     feats = {at: h.detach().requires_grad_() for at, h in features_in(flow, traces, first).items()}
     a, prior = pull(feats), nll_per_dimension(flow, z, 0., x)
-    push([a, prior], [torch.ones_like(a), torch.full_like(prior, likelihood)])  # gradients of projector, features, z, and the prior's own parameters
+    # gradients of projector, features, z, and the prior's own parameters
+    push([a, prior], [torch.ones_like(a), torch.full_like(prior, likelihood)])
     cot = lambda h: torch.zeros_like(h) if h.grad is None else h.grad
     cots = [[block.read(cot(feats[t, l])) for l in now.feats] for t, (block, now) in enumerate(zip(blocks, traces), first)]
     pulls = upwards(strategy, blocks, traces, cots)
@@ -605,50 +347,7 @@ def downwards(blocks, traces:list, cots:list, pulls:list, low, logdet, g:Tensor,
         elif now.x.requires_grad: g = block.unread(now.x.grad if p.spent is None else now.x.grad - p.spent)
     push([low] if isinstance(logdet, float) else [low, logdet], [g, torch.full_like(g[:, 0, 0], share)])
 
-# %% ../nbs/11_repa.ipynb #55ad14c0
-def value_error(flow:TarFlow, x:Tensor, y, family:list) -> float: # family: options of Reverse
-    "The largest difference between the likelihood's features and block inputs and those of the pseudo-reverses."
-    traces, _ = run_blocks(flow, x, y, lambda t: tuple(range(1, len(flow.blocks[t - 1].layers) + 1)))
-    feats, entering = features_in(flow, traces), {t: flow.blocks[t - 1].unread(now.x) for t, now in enumerate(traces, 1)}
-    worst = 0.
-    for o in family:
-        theirs, carried = pseudo_reverse(flow, traces, Reverse(list(feats), rerun=True, **o), y)
-        worst = max([worst, *((theirs[k] - feats[k]).abs().max().item() for k in feats), *((carried[t] - entering[t]).abs().max().item() for t in carried)])
-    return worst
-
-# %% ../nbs/11_repa.ipynb #87932d78
-def judge_exact(results):
-    "The verdicts on R3, R4 and R5: identities."
-    worst = lambda k: max(r[k] for r in results)
-    return {'R3': identity(worst('loss'), 1e-12, 'the loss of equal, opposite and permuted patches against its formula'),
-            'R4': all_of(identity(worst('support'), 0, 'entries of the support matrices that differ from A.4'),
-                         identity(worst('letter'), 1e-12, 'Algorithm 2 to the letter against detach')),
-            'R5': all_of(identity(worst('values'), 1e-10, 'features and inputs of all members against the cache'),
-                         identity(worst('sequential'), 1e-9, 'gradient at unroll = n - 1 against the sequential reverse'),
-                         identity(worst('shared'), 1e-10, 'one forward pass against explicit second passes'))}
-
-# %% ../nbs/11_repa.ipynb #ae16f8cc
-@experiment('alignment_exact', claims=('R3', 'R4', 'R5'), verdict=judge_exact, seeds={'smoke': 1, 'laptop': 3},
-            title='the loss, the support of every strategy, and the family of pseudo-reverses, in float64',
-            config={'smoke': {'blocks': 3, 'layers': 2, 'dim': 16, 'unrolls': [0, 1, 15]}, 'laptop': {'blocks': 4, 'layers': 2, 'dim': 16, 'unrolls': [0, 1, 2, 4, 15]}})
-def alignment_exact(seed, budget):
-    "R3, R4, R5: errors, all of them rounding or zero."
-    c, T = EXPERIMENTS['alignment_exact'].config[budget], EXPERIMENTS['alignment_exact'].config[budget]['blocks']
-    flow = shake(TarFlow(8, 1, 2, c['dim'], T, c['layers'], 8, classes=3), .05, seed).double()
-    x, v, y = torch.randn(5, 1, 8, 8, dtype=torch.float64), torch.randn(5, 16, 12, dtype=torch.float64), torch.tensor([0, 1, 2, -1, 1])
-    head, error = Projector(c['dim'], 12, 24).double(), lambda a, b: ((a - b).norm() / b.norm()).item()
-    on = lambda s: flat(alignment_gradient(flow, s, x, y, v, head), flow)
-    support = lambda kind, want: int(((gradient_support(flow, kind, x, y, v, head) > 0) != want).sum())
-    ones, pairs = torch.ones(T, T, dtype=torch.bool), [(t, t % c['layers'] + 1) for t in range(T - 2, T + 1)]
-    family = [dict(carry=False), *(dict(unroll=k) for k in c['unrolls'])]
-    norms = lambda a, b: (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
-    loss = max((alignment_loss(p, v) + norms(p, v).mean()).abs().item() for p in (3 * v, -v, v.roll(1, 1)))
-    return {'loss': loss, 'support': support(Forward, ones.tril()) + support(Detach, ones.tril().triu()) + support(Reverse, ones.triu()) + support(ReverseSequential, ones.triu()),
-            'letter': max(error(on(Reverse([p], carry=False, rerun=True)), on(Detach([p]))) for p in pairs), 'values': value_error(flow, x, y, family),
-            'sequential': error(on(Reverse(pairs, unroll=15)), on(ReverseSequential(pairs))),
-            'shared': max(error(on(Reverse(pairs, **o)), on(Reverse(pairs, rerun=True, **o))) for o in family)}
-
-# %% ../nbs/11_repa.ipynb #bcaf184a
+# %% ../nbs/11_repa.ipynb #1b88f348
 class KeepClean:
     "What the encoder is to see: the images as they are here, after `Flip` and before the noise. It becomes the batch's target."
     def __call__(self, batch): return batch._replace(target=batch.x)
@@ -658,33 +357,41 @@ class Lookup:
     "Features that were computed once, by sample: where nothing moves the images, the encoder need not run in every step."
     def __init__(self, table:Tensor):    # (samples, n, D)
         if not isinstance(table, Tensor) or table.ndim != 3 or not table.is_floating_point():
-            raise ValueError(f'table: {type(table).__name__} of shape {tuple(getattr(table, "shape", ()))} came; give features (samples, n, D), as `encode` makes them')
+            raise ValueError(f'table: {type(table).__name__} of shape {tuple(getattr(table, "shape", ()))} came; give features (samples, '
+                             'n, D), as `encode` makes them')
         self.table = table
 
     def __call__(self, batch):
         if len(batch.index) and int(batch.index.max()) >= len(self.table):
-            raise ValueError(f'table: it has features of {len(self.table)} samples, and sample {int(batch.index.max())} came; encode the dataset that the batches come from')
+            raise ValueError(f'table: it has features of {len(self.table)} samples, and sample {int(batch.index.max())} came; encode the '
+                             'dataset that the batches come from')
         return batch._replace(target=self.table[batch.index])
 
     def __repr__(self): return f'Lookup({tuple(self.table.shape)})'
 
-# %% ../nbs/11_repa.ipynb #742e5ce1
+# %% ../nbs/11_repa.ipynb #d7000c4f
 def check_alignment(flow, strategy, encoder, lam, likelihood) -> None:
     "ValueError, by name, for parts that do not fit each other."
     check_strategy(strategy); check_pairs(strategy.pairs, flow); check_number('lam', lam, 0); check_number('likelihood', likelihood, 0)
-    if not isinstance(encoder, nn.Module): check_whole('encoder', encoder, what='what encoder(name, grid) returned, or the width of features')
+    if not isinstance(encoder, nn.Module):
+        check_whole('encoder', encoder, what='what encoder(name, grid) returned, or the width of features')
     if 0 < likelihood < lam / 100 and isinstance(strategy, Reverse) and not strategy.rerun:
-        raise ValueError(f'likelihood: {likelihood} beside lam {lam} would be lost in the rounding of a shared pass; give the strategy rerun=True, or likelihood=0')
-    if isinstance(encoder, nn.Module) and not hasattr(encoder, 'grid'): raise ValueError(f'encoder: {type(encoder).__name__} came; give what encoder(name, grid) returned, or a width')
+        raise ValueError(f'likelihood: {likelihood} beside lam {lam} would be lost in the rounding of a shared pass; give the strategy '
+                         'rerun=True, or likelihood=0')
+    if isinstance(encoder, nn.Module) and not hasattr(encoder, 'grid'):
+        raise ValueError(f'encoder: {type(encoder).__name__} came; give what encoder(name, grid) returned, or a width')
     grid = tuple(side // flow.patch_size for side in flow.image_shape[1:])
     if isinstance(encoder, nn.Module) and tuple(encoder.grid) != grid:
-        raise ValueError(f'encoder: its patches form a grid of {tuple(encoder.grid)}, the tokens of the flow one of {grid}; make it with grid={grid}')
+        raise ValueError(f'encoder: its patches form a grid of {tuple(encoder.grid)}, the tokens of the flow one of {grid}; make it with '
+                         f'grid={grid}')
 
-# %% ../nbs/11_repa.ipynb #acd9da2c
-def encoder_may_miss(module, keys):
+# %% ../nbs/11_repa.ipynb #9e6a77ef
+def encoder_may_miss(module, keys) -> None:
+    "A hook of loading: the encoder is not in a checkpoint."
     keys.missing_keys[:] = [k for k in keys.missing_keys if not k.startswith('encoder.')]
 
-def without_encoder(module, state, prefix, _): # a checkpoint holds the projector; the encoder is frozen, and has a name
+def without_encoder(module, state, prefix, _) -> None:
+    "A hook of saving: a checkpoint holds the projector; the encoder is frozen, and has a name."
     for k in [k for k in state if k.startswith(f'{prefix}encoder.')]: del state[k]
 
 class Alignment(nn.Module):
@@ -705,12 +412,14 @@ class Alignment(nn.Module):
         self.register_load_state_dict_post_hook(encoder_may_miss)
 
     def patches(self, target, b:int) -> Tensor: # what the batch brought -> (b, n, D)
-        if target is None: raise ValueError('target: none came; add KeepClean() to the transforms, after Flip and before the noise, or Lookup(features)')
+        if target is None:
+            raise ValueError('target: none came; add KeepClean() to the transforms, after Flip and before the noise, or Lookup(features)')
         if not isinstance(target, Tensor) or not target.is_floating_point():
             raise ValueError(f'target: {getattr(target, "dtype", type(target).__name__)} came; give floating point images, or features')
         v = target if self.encoder is None else self.encoder(target)
         if tuple(v.shape) != (b, self.n, self.width):
-            raise ValueError(f'target: patches {tuple(v.shape)} came, the flow has tokens ({b}, {self.n}) and the projector width {self.width}; '
+            raise ValueError(f'target: patches {tuple(v.shape)} came, the flow has tokens ({b}, {self.n}) and the projector width '
+                             f'{self.width}; '
                              f'give ({b}, {self.n}, {self.width})')
         return v
 
@@ -726,241 +435,278 @@ class Alignment(nn.Module):
         align = seen[0].detach()
         return {'loss': self.likelihood * nll + self.lam * align, 'nll': nll, 'align': align}
 
-# %% ../nbs/11_repa.ipynb #f2d06d98
-STRATEGIES = {'forward': Forward, 'detach': Detach, 'reverse': Reverse, 'sequential': ReverseSequential}
+# %% ../nbs/11_repa.ipynb #e7d1d939
+ENCODERS = {'dinov2-b': 'vit_base_patch14_dinov2.lvd142m',     # R-REPA §4.2: the default
+            'dinov2-l': 'vit_large_patch14_dinov2.lvd142m',    # and the others of Table 8
+            'clip-b': 'vit_base_patch16_clip_224.openai',
+            'mae-b': 'vit_base_patch16_224.mae'}
 
-def steady(step:int, steps:int, warmup:int=0) -> float: # share of the learning rate
-    "A linear warm-up, then no change: every look is at a training that could have ended there."
-    return min(1., (step + 1) / max(1, warmup))
+DIGITS_ENCODERS = {'digits': 'digits-encoder', 'digits-labels': 'digits-encoder-labels'} # the book's own, in `flowbook/weights`
 
-SCHEDULES = {'cosine': cosine, 'steady': steady}
+# %% ../nbs/11_repa.ipynb #008abb92
+class Encoder(nn.Module):
+    "A frozen Vision Transformer: one feature vector for each token of a flow. R-REPA §4.2: v = Phi(x)."
+    def __init__(self, model:nn.Module,  # a ViT of timm, which is frozen here
+                 grid:tuple,             # (rows, columns) of the flow's tokens
+                 patch:int,              # side of the model's patch, in pixels
+                 mean=(.5,), std=(.5,),  # of the model's training images, one number a channel, on the scale 0..1
+                 name:str='encoder'):    # for people
+        super().__init__()
+        if not isinstance(model, nn.Module) or not all(hasattr(model, k) for k in ('num_features', 'forward_intermediates')):
+            raise ValueError(f'model: {type(model).__name__} came, must be a Vision Transformer of timm; `encoder` makes one by its name')
+        for k, v in (('mean', mean), ('std', std)):
+            if not isinstance(v, (tuple, list)) or not v or len(v) != len(mean):
+                raise ValueError(f'{k}: {v!r} came, must be one number a channel')
+            for n in v: check_number(k, n, 0, above=k == 'std')
+        self.grid, self.patch, self.name = check_grid(grid), check_whole('patch', patch), name
+        self.model = model.eval().requires_grad_(False)
+        self.channels, self.width = len(mean), model.num_features
+        for k, v in (('mean', mean), ('std', std)):
+            self.register_buffer(k, torch.tensor(v).view(-1, 1, 1), persistent=False)
+        self.eval()
 
-def train_aligned(c:dict, seed:int, how:dict=None, every:int=None): # c: see `averaging`, with data and sigma, and perhaps schedule and device; how: kind, blocks, layer, lam, encoder, hidden
-    "Train a TarFlow by a recipe, aligned or not (how=None), from the same start on the same batches; yields (step, averaged flow)."
-    for name, given, keys in (('c', c, 'model classes steps lr batch_size average weight_decay data sigma'), *([] if how is None else [('how', how, 'kind blocks layer lam encoder hidden')])):
-        if not isinstance(given, dict) or (gone := [k for k in keys.split() if k not in given]):
-            raise ValueError(f'{name}: {f"it lacks {gone[0]}" if isinstance(given, dict) else repr(given) + " came"}, must be a dictionary with {", ".join(keys.split())}')
-    check_whole('seed', seed, 0)
-    if every is not None: check_whole('every', every)
-    if how is not None: check_choice('how, kind', how['kind'], STRATEGIES)
-    schedule = SCHEDULES[check_choice('c, schedule', c.get('schedule', 'cosine'), SCHEDULES)]
-    check_device('c, device', c.get('device', 'cpu'))
-    if c.get('shift'): raise ValueError('c: a recipe that shifts images needs features of the shifted ones, and these are looked up; leave shift out')
-    size, every = c['model']['image_size'], c['steps'] if every is None else every
-    data, transforms, make = load(c['data'], image_size=size), [GaussianNoise(c['sigma'])], None
-    if how is not None:
-        table = features_of(how['encoder'], c['data'], size, (size // c['model']['patch_size'],) * 2)
-        strategy = STRATEGIES[how['kind']]([(t, how['layer']) for t in how['blocks']], **how.get('options', {}))
-        make, transforms = lambda flow: Alignment(flow, strategy, table.shape[-1], how['lam'], how['hidden']), [Lookup(table), *transforms]
-    yield from averaging(c, data, transforms, seed, every, make, schedule=schedule)
+    def train(self, mode:bool=True): # stays in eval mode, whatever it is part of
+        return super().train(False)
 
-@lru_cache(3)
-def features_of(name:str, dataset:str, size:int, grid:tuple) -> Tensor: # (samples, n, D)
-    "What a dataset is aligned with: an encoder's features, or one of two controls, an 'untrained' encoder and the 'pixels'."
-    data = load(dataset, image_size=size)
-    if name == 'pixels': return patchify(data.batch(range(len(data)))[0], data.shape[-1] // grid[1])
-    if name != 'untrained': return encode(encoder(name, grid), data)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return encode(Encoder(DigitsViT().vit, grid, 2, name=name), data)
+    @torch.no_grad()
+    def forward(self, x:Tensor) -> Tensor: # (b, c, h, w) in [-1, 1], clean and flipped as the flow sees it -> (b, n, D) float32
+        x = self.prepare(x)                                                       # (b, channels, rows patch, columns patch)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda and torch.cuda.is_bf16_supported()):
+            last, = self.model.forward_intermediates(x, indices=1, norm=True, output_fmt='NLC', intermediates_only=True)
+        if tuple(last.shape[1:]) != (self.grid[0] * self.grid[1], self.width):
+            raise ValueError(f'{self.name}: gave {tuple(last.shape)} for {len(x)} images; an encoder of the grid {self.grid} '
+                             f'gives (b, {self.grid[0] * self.grid[1]}, {self.width}), patch tokens alone')
+        return last.float()
 
-# %% ../nbs/11_repa.ipynb #a395fac7
-ALIGN = {'kind': 'reverse', 'blocks': [3, 4], 'layer': 2, 'lam': .5, 'hidden': 256, 'encoder': 'digits'}
-SMALL = {**SWEEP, 'data': 'digits', 'sigma': .1, 'model': {'image_size': 8, 'channels': 1, 'patch_size': 2, 'dim': 32, 'blocks': 4, 'layers': 3, 'head_dim': 16},
-         'classes': 10, 'batch_size': 32, 'lr': 1e-2, 'average': .98, 'schedule': 'steady', 'digits': 360}
-ROWS = {'how': {**ALIGN, 'layer': 3, 'hidden': 128}, 'places': {'first': [1, 2], 'last': [3, 4], 'all': [1, 2, 3, 4]},
-        'table': [['forward', 'first', [1]], ['detach', 'first', [1]], ['detach', 'all', [1, 3]], ['reverse', 'all', [1]], ['detach', 'last', [1]], ['reverse', 'last', [1, 2, 3]]],
-        'lams': [.1], 'encoders': ['digits-labels', 'untrained'], 'unrolls': []}
+    def prepare(self, x:Tensor) -> Tensor: # (b, c, h, w) -> (b, channels, rows patch, columns patch), as the model was trained
+        "Images as the model takes them: its channels, a patch for each token, its mean and variance."
+        check_tensor('x', x, 'b c h w', what='images in [-1, 1]')
+        if x.shape[1] not in {1, 3, self.channels} or 0 in x.shape[2:]:
+            raise ValueError(f'x: shape {tuple(x.shape)} came, must be images (b, c, h, w), c of 1 or 3')
+        x, size = x.float(), tuple(side * self.patch for side in self.grid)
+        if x.shape[1] != self.channels: x = x.mean(1, keepdim=True).expand(-1, self.channels, -1, -1)
+        if tuple(x.shape[2:]) != size: x = F.interpolate(x, size, mode='bicubic', antialias=True)
+        return (((x + 1) / 2 - self.mean) / self.std).to(next(self.model.parameters()).dtype)
 
-def table_rows(c:dict) -> dict: # name -> how
-    "The rows of the experiment: plain, those of `c['table']` (strategy, place, layers), and one setting moved at a time from `c['how']`."
-    how, rows = c['how'], {'plain': None}
-    for kind, place, layers in c['table']: rows |= {f'{kind} {place} {l}': {**how, 'kind': kind, 'blocks': c['places'][place], 'layer': l} for l in layers}
-    rows |= {f'lambda {lam}': {**how, 'lam': lam} for lam in c['lams']} | {f'encoder {e}': {**how, 'encoder': e} for e in c['encoders']}
-    return rows | {f'unroll {k}': {**how, 'options': {'unroll': k}} for k in c['unrolls']}
+    def extra_repr(self): return f'{self.name}: {self.grid} patches of {self.patch} pixels, width {self.width}'
 
-def chosen(rows) -> str:
-    "The paper's choice among rows: reverse alignment of the last blocks at the deepest layer."
-    return max((name for name in rows if name.startswith('reverse last')), key=lambda name: int(name.split()[-1]))
+# %% ../nbs/11_repa.ipynb #729c1fd5
+def check_grid(grid) -> tuple: # (rows, columns)
+    "Two positive whole numbers, those of a flow where one came, or a ValueError."
+    if isinstance(grid, BlockFlow): return tuple(side // grid.patch_size for side in grid.image_shape[1:])
+    whole = isinstance(grid, (tuple, list)) and all(isinstance(g, int) and not isinstance(g, bool) and g > 0 for g in grid)
+    if not whole or len(grid) != 2:
+        raise ValueError(f'grid: {grid!r}; give the flow, or the (rows, columns) of its tokens, '
+                         'for instance (16, 16) for 64x64 images at patch 4')
+    return tuple(grid)
 
-# %% ../nbs/11_repa.ipynb #574d54d1
-def drawn(flow:TarFlow, n:int, sigma:float, seed:int, w:float=0.) -> Tensor: # (n, c, h, w) on the CPU
-    "Denoised samples, one class after the other; what broke is shown at the edge of what images reach, not left out."
-    y, g = (torch.arange(n) % flow.classes).to(next(flow.parameters()).device), torch.Generator().manual_seed(seed + 1)
-    raw = sample(flow, y, ClassGuidance(w), solver='sequential', generator=g, batch_size=500, on_broken='keep')
-    return denoise(flow, at_edge(raw, sigma), sigma, y).nan_to_num(0, 1, -1).cpu()
+# %% ../nbs/11_repa.ipynb #09658406
+def encoder(name:str,           # 'dinov2-b', 'dinov2-l', 'clip-b', 'mae-b'; any timm ViT; 'digits', 'digits-labels'
+            grid,               # a flow, or the (rows, columns) of its tokens
+            weights=None,       # a local file of the weights (for the digits: a folder); None: the shipped ones, or timm's
+            device='cpu',
+           ) -> Encoder:
+    "A frozen encoder whose patches are the tokens of a flow."
+    grid, device, own = check_grid(grid), check_device('device', device), str(name) in DIGITS_ENCODERS
+    if weights is not None:
+        if not isinstance(weights, (str, Path)) or not Path(weights).expanduser().exists():
+            raise ValueError(f'weights: there is no file {weights}')
+        weights = Path(weights).expanduser()
+        if weights.is_dir() != own: raise ValueError(f'weights: {weights} came, must be a {"folder" if own else "file"} for {name}')
+    if own:
+        net = DigitsViT.from_pretrained(weights or DIGITS_ENCODERS[name])
+        return Encoder(net.vit, grid, net.config['patch'], name=name).to(device)
+    model, patch = timm_vit(name, grid, weights)
+    cfg = model.pretrained_cfg
+    return Encoder(model, grid, patch, cfg['mean'], cfg['std'], name).to(device)
 
-def shrunk(x:Tensor) -> Tensor: # (n, 1, h, w) -> (n, 1, 8, 8), as the judge of digits takes them
-    "Images averaged to 8x8; those of that size as they are."
-    return x if x.shape[-1] == 8 else F.interpolate(x, (8, 8), mode='bilinear', antialias=True)
+# %% ../nbs/11_repa.ipynb #e0e48323
+def encode(encoder, data, batch_size:int=256) -> Tensor: # (samples, n, D)
+    "The encoder's features of a whole dataset."
+    if not isinstance(getattr(encoder, 'mean', None), Tensor):
+        raise ValueError(f'encoder: {type(encoder).__name__} came, must be what `encoder` returned')
+    check_data('data', data, 'batch'); check_whole('batch_size', batch_size)
+    return torch.cat([encoder(data.batch(i)[0].to(encoder.mean.device)).cpu() for i in torch.arange(len(data)).split(batch_size)])
 
-def drawn_fid(flow:TarFlow, n:int, c:dict, seed:int, reference, w:float=0.) -> dict:
-    "FID and sFID of samples under guidance `w`."
-    found = evaluate(shrunk(drawn(flow, n, c['sigma'], seed, w)), reference, ('fid', 'sfid'), 'digits')
-    return {k: found[k] for k in ('fid', 'sfid')}
+# %% ../nbs/11_repa.ipynb #9b489012
+class DigitsViT(nn.Module, Pretrained):
+    "A small Vision Transformer of digits: 2x2 patches, no class token."
+    def __init__(self, dim:int=64,       # width of a token
+                 layers:int=4, heads:int=4,
+                 patch:int=2, image_size:int=8):
+        super().__init__()
+        for k, v in dict(dim=dim, layers=layers, heads=heads, patch=patch, image_size=image_size).items(): check_whole(k, v)
+        if dim % heads: raise ValueError(f'heads: {heads} came, must divide dim {dim}')
+        if image_size % patch: raise ValueError(f'patch: {patch} came, must divide image_size {image_size}')
+        try: from timm.models.vision_transformer import VisionTransformer
+        except ImportError as e: raise ImportError('vision encoders are models of timm: pip install timm') from e
+        self.config = dict(dim=dim, layers=layers, heads=heads, patch=patch, image_size=image_size)
+        self.vit = VisionTransformer(img_size=image_size, patch_size=patch, in_chans=1, num_classes=0, global_pool='', class_token=False,
+                                     embed_dim=dim, depth=layers, num_heads=heads, dynamic_img_size=True)
+        self.reset()
 
-def noisy_test(flow:TarFlow, c:dict) -> tuple: # (n, c, h, w), (n,), where the flow is
-    "Noisy test images and their labels."
-    data = load(c['data'], 'test', image_size=c['model']['image_size'])
-    return tuple(v[:c['digits']].to(next(flow.parameters()).device) for v in noisy(data, c['sigma']))
+    def reset(self):
+        "Weights of variance 1 / fan-in: timm's 0.02 is for widths of 768, and at 64 learns nothing in a few minutes."
+        for m in self.modules():
+            if isinstance(m, (nn.Linear, nn.Conv2d)):
+                nn.init.trunc_normal_(m.weight, std=m.weight[0].numel() ** -.5)
+                nn.init.zeros_(m.bias)
+        nn.init.trunc_normal_(self.vit.pos_embed, std=.5)
 
-def share_of(hits:Tensor) -> float: return hits.double().mean().item()
+    def forward(self, x:Tensor) -> Tensor: # (b, 1, h, w) in [-1, 1] -> (b, n, dim)
+        check_tensor('x', x, 'b 1 h w')
+        p = self.config['patch']
+        if any(side % p or not side for side in x.shape[2:]):
+            raise ValueError(f'x: images of {x.shape[2]}x{x.shape[3]} came, must be of patches of {p} pixels a side')
+        return self.vit.forward_features(x)
 
-def read_digits(flow:TarFlow, c:dict) -> dict:
-    "Accuracies on noisy test images by one gradient and by exact Bayes, their agreement, and bits of the noisy density."
-    x, y = noisy_test(flow, c)
-    log_p, one = class_log_probs(flow, x), classify(flow, x)
-    exact = log_p.argmax(1)
-    return {'one': share_of(one == y), 'bayes': share_of(exact == y), 'agree': share_of(one == exact), 'bits': to_bits(-log_p.gather(1, y[:, None]).mean().item() / x[0].numel())}
+# %% ../nbs/11_repa.ipynb #e43b97d3
+def warp(x:Tensor,         # (b, c, h, w) in [-1, 1]
+         u:Tensor,         # (b, 6) in [0, 1)
+         strength:float=1.,
+        ) -> Tensor:       # (b, c, h, w)
+    "Turn (to 12 degrees), stretch (15%), shear (0.2) and shift (0.8 pixels of 8) images at random, black moving in."
+    check_tensor('x', x, 'b c h w'); check_tensor('u', u, f'{len(x)} 6', what='six numbers an image'); check_number('strength', strength, 0)
+    turn, *stretch, shear, right, down = (strength * (2 * u - 1)).unbind(1)       # 6 x (b,) in [-1, 1)
+    cos, sin = (turn * math.radians(12)).cos(), (turn * math.radians(12)).sin()
+    wide, high = ((.15 * s).exp() for s in stretch)
+    rows = [[cos * wide, .2 * cos * shear - sin * high, .2 * right],
+            [sin * wide, .2 * sin * shear + cos * high, .2 * down]]
+    matrix = torch.stack([torch.stack(r, 1) for r in rows], 1)                    # (b, 2, 3)
+    return F.grid_sample(x + 1, F.affine_grid(matrix, x.shape, align_corners=False), align_corners=False) - 1
 
-def glance(flow:TarFlow, c:dict, seed:int, reference) -> dict:
-    "A look on the way: the accuracy of one gradient, and FID at the one weight `c['w']`."
-    x, y = noisy_test(flow, c)
-    return {'one': share_of(classify(flow, x) == y), 'fid': drawn_fid(flow, c['samples'], c, seed + OTHER, reference, c['w'])['fid']}
+class Warp:
+    "Each image warped, with noise of a random strength up to `sigma`; keyed by sample. Labels pass through."
+    def __init__(self, strength:float=1., sigma:float=.3):
+        self.strength, self.sigma = check_number('strength', strength, 0), check_number('sigma', sigma, 0)
+    def __call__(self, batch:Batch, stream:str='warp') -> Batch:
+        u = keyed_uniform(batch, (7,), stream)                                    # (b, 7)
+        noise = keyed_normal(batch, tuple(batch.x.shape[1:]), stream + ' noise')  # (b, c, h, w)
+        return batch._replace(x=warp(batch.x, u[:, :6], self.strength) + self.sigma * u[:, 6, None, None, None] * noise)
 
-# %% ../nbs/11_repa.ipynb #df6f433c
-OTHER = 1000                             # added to a seed: samples to judge on, which nothing was chosen on
+# %% ../nbs/11_repa.ipynb #f8571f11
+class Views:
+    "Two views of what should mean the same: an image, and one of its nearest neighbours in pixels, both warped. No labels."
+    def __init__(self, data,             # the dataset that batches come from
+                 neighbours:int=5,       # of each image, one of which is the second view; 0: the image itself
+                 views=None):            # a transform (batch, stream) -> batch; Warp() by default
+        check_data('data', data, 'batch'); check_whole('neighbours', neighbours, 0, len(data) - 1)
+        if views is not None and not callable(views):
+            raise ValueError(f'views: {views!r} came, must be a transform (batch, stream) -> batch, such as Warp()')
+        self.x = data.batch(torch.arange(len(data)))[0]                           # (N, c, h, w)
+        flat, self.views = self.x.flatten(1), views or Warp()
+        self.near = torch.cdist(flat, flat).argsort(1)[:, 1:neighbours + 1] if neighbours else torch.arange(len(data))[:, None]
 
-def at_best_w(flow:TarFlow, c:dict, seed:int, reference) -> dict:
-    "FID and sFID at the weight that was best on a first set of samples, judged on a second one; and without guidance."
-    sweep = {w: drawn_fid(flow, c['tried'], c, seed, reference, w)['fid'] for w in c['ws']}
-    w = min(sweep, key=sweep.get)
-    best, free = (drawn_fid(flow, c['samples'], c, seed + OTHER, reference, v) for v in (w, 0.))
-    return {'w': w, 'fid': best['fid'], 'sfid': best['sfid'], 'free_fid': free['fid'], 'free_sfid': free['sfid']}
+    def __call__(self, batch:Batch) -> Batch: # x (b, c, h, w) -> (b, 2, c, h, w), y -> -1
+        k = (keyed_uniform(batch, (1,), 'neighbour') * self.near.shape[1]).long()                 # (b, 1)
+        other = self.x[self.near[batch.index].gather(1, k)[:, 0]]
+        views = [self.views(batch._replace(x=x), stream).x for x, stream in ((batch.x, 'first'), (other, 'second'))]
+        return batch._replace(x=torch.stack(views, 1), y=torch.full_like(batch.y, -1))            # the loss never sees a label
 
-# %% ../nbs/11_repa.ipynb #e3ebec26
-WORDS = {'fid': 'FID', 'sfid': 'sFID', 'one': 'error of one gradient'}
+# %% ../nbs/11_repa.ipynb #0e98e753
+class VICReg(nn.Module):
+    "Mean tokens of two views agree, and their coordinates vary and are uncorrelated. Bardes et al., 2022, Eq. 6."
+    def __init__(self, dim:int=64,       # width of the network
+                 d:int=256,              # width of the embedding, which only the loss sees
+                 agree:float=25., vary:float=25., decorrelate:float=1.):
+        super().__init__()
+        check_whole('dim', dim); check_whole('d', d, 2)
+        self.weights = [check_number(k, v, 0) for k, v in dict(agree=agree, vary=vary, decorrelate=decorrelate).items()]
+        self.head = nn.Sequential(nn.Linear(dim, d), nn.BatchNorm1d(d), nn.ReLU(), nn.Linear(d, d))
 
-def against(rows, a:str, b:str, what:str='fid', steps:int=None): # rows: one a seed, name -> what -> number
-    "The verdict on the claim that a row has the lower FID or sFID, or makes fewer errors, than another."
-    value = lambda r: round(1 - r['one'], 9) if what == 'one' else r[what]
-    return lower([value(r[a]) for r in rows], [value(r[b]) for r in rows], (f'{WORDS[what]}: {a}', b), steps=steps)
+    def terms(self, a:Tensor, b:Tensor) -> Tensor: # (b, d) twice -> (3,)
+        "How far pairs are apart, how much the standard deviations fall short of 1, and the squared covariances."
+        for k, e in (('a', a), ('b', b)): check_tensor(k, e, f'b {a.shape[-1]}' if k == 'b' else 'b d')
+        if len(a) != len(b) or len(a) < 2:
+            raise ValueError(f'a, b: {len(a)} and {len(b)} rows came, must be equally many, two or more: their variance is asked for')
+        short, mixed = 0., 0.
+        for e in (a, b):
+            e = e - e.mean(0)
+            cov = e.T @ e / (len(e) - 1)                                          # (d, d)
+            short = short + F.relu(1 - (cov.diagonal() + 1e-4).sqrt()).mean()
+            mixed = mixed + (cov.square().sum() - cov.diagonal().square().sum()) / len(cov)
+        return torch.stack([F.mse_loss(a, b), short, mixed])
 
-def judge_r7(rows, less):
-    "Table 1: reverse on the last blocks has the best FID, detach on the first the best accuracy, forward hurts sFID."
-    return all_of(*(less('reverse last 1', b) for b in ('plain', 'detach last 1', 'reverse all 1', 'detach first 1')),
-                  *(less('detach first 1', b, 'one') for b in ('plain', 'detach last 1', 'reverse last 1')), less('plain', 'forward first 1', 'sfid'))
+    def __call__(self, net, x, y, target=None): # x (b, 2, c, h, w); y and target are not used
+        check_tensor('x', x, 'b 2 c h w', what='two views of every image, as `Views` makes them')
+        a, b = (self.head(net(view).mean(1)) for view in x.unbind(1))             # (b, d)
+        terms = self.terms(a, b)
+        loss = (terms * terms.new_tensor(self.weights)).sum()
+        loss.backward()
+        return {'loss': loss.detach(), **dict(zip(('apart', 'short', 'mixed'), terms.detach()))}
 
-def judge_r8(rows, less):
-    "Tables 1 and 7: the deepest layer is better than the first for reverse on the last blocks, and worse for detach on all blocks."
-    return all_of(less(chosen(rows[0]), 'reverse last 1'), less('detach all 1', 'detach all 3'))
+# %% ../nbs/11_repa.ipynb #5cbad5ef
+class MeanTokenClassifier(nn.Module):
+    "Cross-entropy of a linear layer on the mean token: the labelled control."
+    def __init__(self, dim:int=64, classes:int=10):
+        super().__init__()
+        self.head = nn.Linear(check_whole('dim', dim), check_whole('classes', classes))
+    def __call__(self, net, x, y, target=None):
+        check_tensor('x', x, 'b c h w'); check_label_each('y', y, x)
+        if y.device.type == 'cpu' and not 0 <= int(y.min()) <= int(y.max()) < self.head.out_features:
+            raise ValueError(f'y: labels from {y.min()} to {y.max()} came, must be in 0 to {self.head.out_features - 1}')
+        loss = F.cross_entropy(self.head(net(x).mean(1)), y)
+        loss.backward()
+        return {'loss': loss.detach()}
 
-def judge_r13(rows, less):
-    "Table 8: better than plain with either encoder, and better than with an encoder that knows nothing."
-    top = chosen(rows[0])
-    return all_of(less(top, 'plain'), less('encoder digits-labels', 'plain'), less(top, 'encoder untrained'))
+# %% ../nbs/11_repa.ipynb #8e124c11
+class Sizes(nn.Module):
+    "A network that sees its batches at these sizes in turn, and so learns finer grids of patches than the image's own."
+    def __init__(self, net:nn.Module, sizes=(8, 8, 8, 16)):
+        super().__init__()
+        if not isinstance(net, nn.Module): raise ValueError(f'net: {net!r} came, must be a network')
+        if not isinstance(sizes, (tuple, list)) or not sizes:
+            raise ValueError(f'sizes: {sizes!r} came, must be one size or more, such as (8, 8, 16)')
+        self.net, self.sizes, self.calls = net, [check_whole('sizes', s) for s in sizes], 0
+    def forward(self, x):
+        size, self.calls = self.sizes[self.calls % len(self.sizes)], self.calls + 1
+        return self.net(x if x.shape[-1] == size else F.interpolate(x, (size, size), mode='bicubic', antialias=True))
 
-def judge_r14(rows, less):
-    "Table 9: a weight of 0.1 is better than one of 0.5."
-    return less('lambda 0.1', chosen(rows[0]))
+def train_vit(objective, transforms, seed:int, steps:int, labels:bool) -> DigitsViT: # a class of objectives; dataset -> its transforms
+    "Train the book's encoder on the training digits; what probes find in it goes on its card."
+    check_whole('seed', seed, 0); check_whole('steps', steps)
+    torch.manual_seed(seed)
+    net, data = DigitsViT(), load('digits')
+    stream = batches(data, 128, seed=seed, transforms=transforms(data))
+    for _ in fit(Sizes(net), stream, objective(), steps=steps, lr=2e-3, weight_decay=.05, warmup=20, every=100): pass
+    net.card = {'data': 'digits', 'seed': seed, 'steps': steps, 'labels': labels, **probe_digits(net.eval())}
+    return net
 
-# %% ../nbs/11_repa.ipynb #b9227381
-def faster(plain:dict, aligned:dict, level) -> float: # {step: look} twice; look -> number that grows as a flow gets better
-    "Steps of the plain flow over steps of the aligned one to the best level that both reach."
-    def climb(looks):                    # the best so far, at every look
-        steps, best = [0.], [-math.inf]
-        for step, look in looks.items(): steps.append(float(step)); best.append(max(best[-1], level(look)))
-        return steps[1:], best[1:]
-    (steps, a), (_, b) = climb(plain), climb(aligned)
-    both = min(a[-1], b[-1])
-    def arrives(best):
-        i = next(i for i, v in enumerate(best) if v >= both)
-        if i == 0: return steps[0]
-        return steps[i - 1] + (steps[i] - steps[i - 1]) * (both - best[i - 1]) / (best[i] - best[i - 1])
-    return arrives(a) / arrives(b)
+# %% ../nbs/11_repa.ipynb #849f18ed
+def train_digits_encoder(seed:int=0, steps:int=600) -> DigitsViT:
+    "The encoder that has never seen a label."
+    return train_vit(VICReg, lambda data: [Views(data)], seed, steps, labels=False)
 
-def judge_r9(results, less):
-    "Table 2: the aligned flow needs fewer steps to the plain one's final FID and accuracy, and ends with the higher accuracy."
-    top, out = chosen(results[0]['rows']), []
-    for what, level in (('FID', lambda v: -math.log(v['fid'])), ('accuracy', lambda v: v['one'])):
-        times = [faster(r['looks']['plain'], r['looks'][top], level) for r in results]
-        v = lower([1.] * len(times), times, ('no gain', top))
-        out.append(Verdict(v.state, f'steps saved, to the same {what}: plain takes {summary(times)} times as many: {v.reason}'))
-    return all_of(*out, less(top, 'plain', 'one'))
+def train_digits_encoder_labels(seed:int=0, steps:int=600) -> DigitsViT:
+    "The same network trained on the labels: the control that has seen what accuracy asks for."
+    return train_vit(MeanTokenClassifier, lambda data: [Warp()], seed, steps, labels=True)
 
-# %% ../nbs/11_repa.ipynb #fe4eec6b
-def width(sweep:dict, factor:float=1.5) -> float: # {w: FID}
-    "How long the stretch of weights around the best is whose FID stays within `factor` of it; straight lines between the points."
-    ws, fids = [float(w) for w in sweep], list(sweep.values())
-    at, bound = fids.index(min(fids)), factor * min(fids)
-    def reach(i, step):
-        while 0 <= i + step < len(ws) and fids[i + step] <= bound: i += step
-        j = i + step
-        return ws[i] if not 0 <= j < len(ws) else ws[i] + (ws[j] - ws[i]) * (bound - fids[i]) / (fids[j] - fids[i])
-    return reach(at, 1) - reach(at, -1)
+# %% ../nbs/11_repa.ipynb #9d3278c3
+def few_of_each(y:Tensor, n:int, seed:int) -> Tensor: # indices
+    "`n` samples of each class."
+    check_tensor('y', y, 'b', 'integers'); check_whole('n', n); check_whole('seed', seed, 0)
+    if not len(y): raise ValueError('y: no labels came, must be one or more')
+    g = torch.Generator().manual_seed(seed)
+    return torch.cat([(own := (y == k).nonzero()[:, 0])[torch.randperm(len(own), generator=g)[:n]] for k in y.unique()])
 
-def judge_r10(results, less):
-    "Fig. 5 left: the best FID of a sweep of weights, better across it, and robust."
-    top = chosen(results[0]['rows'])
-    mean = lambda name: [sum(map(math.log, r['sweeps'][name].values())) / len(r['sweeps'][name]) for r in results]
-    best, stretch = [r['rows'][top]['w'] for r in results], [width(r['sweeps'][top]) for r in results]
-    return all_of(less(top, 'plain'), lower(mean(top), mean('plain'), (f'mean log FID of the sweep: {top}', 'plain')),
-                  lower(best, stretch, (f'best weight of {top}', 'stretch of weights within 1.5 times the best FID')))
+def few_label_probe(f, y, tf, ty, n:int, draws:int=5) -> float:
+    "`probe_accuracy` from `n` labels a class, the mean of some draws."
+    check_features('f', f, 'y', y); check_whole('draws', draws)
+    few = [few_of_each(y, n, seed) for seed in range(draws)]
+    return sum(probe_accuracy(f[i], y[i], tf, ty, C=.1) for i in few) / draws
 
-def judge_r2(results):
-    "Fig. 4: one gradient is within five points of the best probe of any layer, without and with alignment."
-    def apart(name): return [abs(max(r['probes'][name].values()) - r['rows'][name]['one']) for r in results]
-    return all_of(*(lower(apart(name), [.05] * len(results), (f'distance of one gradient from the best probe, {name}', 'five points')) for name in ('plain', chosen(results[0]['rows']))))
-
-# %% ../nbs/11_repa.ipynb #859e8aea
-def judge_tables(results):
-    "The verdicts on R2, R7, R8, R9, R10, R13 and R14."
-    rows, steps = [r['rows'] for r in results], int(list(results[0]['looks']['plain'])[-1])
-    less = lambda a, b, what='fid': against(rows, a, b, what, steps)
-    return {'R2': judge_r2(results), 'R7': judge_r7(rows, less), 'R8': judge_r8(rows, less), 'R9': judge_r9(results, less),
-            'R10': judge_r10(results, less), 'R13': judge_r13(rows, less), 'R14': judge_r14(rows, less)}
-
-# %% ../nbs/11_repa.ipynb #edffc1f5
-@experiment('alignment_tables', claims=('R2', 'R7', 'R8', 'R9', 'R10', 'R13', 'R14'), verdict=judge_tables, seeds={'smoke': 1, 'laptop': 5, 'gpu': 5},
-            title='the tables of R-REPA: strategies, places, layers, encoders and weight; convergence, guidance and probes',
-            config={'smoke': {**SMALL, **ROWS, 'steps': 2, 'every': 1, 'tried': 20, 'samples': 30, 'digits': 10, 'ws': [0., 1.], 'w': 1.},
-                    'laptop': {**SMALL, **ROWS, 'steps': 500, 'every': 100, 'tried': 300, 'samples': 1000, 'ws': [0., .5, 1., 1.5, 2.5], 'w': 1.},
-                    # one GPU: 64 tokens, 8 blocks of 4 layers, the paper's places; the schedule and the rows are the laptop's
-                    'gpu': {**SMALL, **ROWS, 'device': 'cuda', 'model': {**SMALL['model'], 'patch_size': 1, 'dim': 128, 'blocks': 8, 'layers': 4, 'head_dim': 32},
-                            'places': {'first': [1, 2], 'last': [7, 8], 'all': list(range(1, 9))}, 'how': {**ROWS['how'], 'blocks': [7, 8], 'hidden': 512}, 'unrolls': [4],
-                            'batch_size': 64, 'lr': 3e-3, 'average': .99, 'steps': 1500, 'every': 250, 'tried': 1000, 'samples': 2000,
-                            'ws': [0., .5, 1., 1.5, 2., 3., 4.], 'w': 1.}})
-def alignment_tables(seed, budget):
-    "R2, R7, R8, R9, R10, R13, R14: one sweep of trainings, from the same start and on the same batches."
-    c, out = EXPERIMENTS['alignment_tables'].config[budget], {'rows': {}, 'looks': {}, 'sweeps': {}, 'probes': {}}
-    train, test = load(c['data']), load(c['data'], 'test')
-    reference, rows = collect(train, 'digits'), table_rows(c)
-    for name, how in rows.items():
-        close = name in ('plain', chosen(rows))                  # these two are looked at all the way
-        for step, flow in train_aligned(c, seed, how, c['every'] if close else None):
-            if close: out['looks'].setdefault(name, {})[str(step)] = glance(flow, c, seed, reference)
-        out['rows'][name] = {**read_digits(flow, c), **at_best_w(flow, c, seed, reference)}
-        if not close: continue
-        out['sweeps'][name] = {str(w): drawn_fid(flow, c['samples'], c, seed + OTHER, reference, w)['fid'] for w in c['ws']}
-        out['probes'][name] = {f'{t} {l}': v for (t, l), v in linear_probe(flow, train, test, sigma=c['sigma']).items()}
-    return out
-
-# %% ../nbs/11_repa.ipynb #d27e91b9
-MNIST = {**SWEEP, 'data': 'mnist5k', 'sigma': .2, 'classes': 10, 'digits': 360,
-         'model': {'image_size': 28, 'channels': 1, 'patch_size': 4, 'dim': 48, 'blocks': 4, 'layers': 2, 'head_dim': 24}}
-
-@experiment('alignment_mnist', seeds={'smoke': 1, 'laptop': 3, 'gpu': 5}, title='MNIST at 28x28, aligned with the encoder of the 8x8 digits, which has never seen it',
-            config={'smoke': {**MNIST, 'steps': 1, 'samples': 20, 'digits': 10, 'how': {**ALIGN, 'encoder': 'pixels'}}, 'laptop': {**MNIST, 'steps': 300, 'samples': 500, 'how': ALIGN},
-                    'gpu': {**MNIST, 'device': 'cuda', 'model': {**MNIST['model'], 'dim': 128, 'blocks': 8, 'head_dim': 32}, 'lr': 3e-3, 'digits': 1000, 'steps': 4000, 'samples': 4000,
-                            'how': {**ALIGN, 'blocks': [7, 8], 'hidden': 512}}})
-def alignment_mnist(seed, budget):
-    "Plain, detach and reverse on other images: FID is that of the digits' judge on samples shrunk to 8x8."
-    c, out = EXPERIMENTS['alignment_mnist'].config[budget], {}
-    data = load(c['data'])
-    reference = collect(shrunk(data.batch(range(len(data)))[0]), 'digits')
-    for name, how in {'plain': None, **{f'{kind} last': {**c['how'], 'kind': kind} for kind in ('detach', 'reverse')}}.items():
-        for _, flow in train_aligned(c, seed, how): out[name] = {**read_digits(flow, c), **drawn_fid(flow, c['samples'], c, seed, reference)}
-    return out
-
-# %% ../nbs/11_repa.ipynb #d42f35db
-ALIGNED = {'digits-0.1-aligned': {**FLOWS['digits-0.1'], 'minutes': 3, 'how': {**ALIGN, 'blocks': [7, 8], 'layer': 1}}}
-
-def train_aligned_flow(name:str, seed:int=0, steps:int=None) -> TarFlow:
-    "Train an aligned checkpoint of the book by its recipe; the averaged weights, with their card."
-    check_choice('name', name, ALIGNED)
-    c, steps = ALIGNED[name], ALIGNED[name]['steps'] if steps is None else steps
-    for _, flow in train_aligned({**c, 'steps': steps}, seed, c['how']): pass
-    return with_card(flow, c, seed, steps, aligned=c['how'])
+# %% ../nbs/11_repa.ipynb #7ccb79e8
+@torch.no_grad()
+def probe_digits(tokens) -> dict:        # callable: (b, 1, 8, 8) -> (b, n, D)
+    "Accuracies on the test digits: from all labels, from ten and from one a class, and from a single token."
+    (x, y), (tx, ty) = (d.batch(torch.arange(len(d))) for d in (load('digits'), load('digits', 'test')))
+    if not callable(tokens): raise ValueError(f'tokens: {tokens!r} came, must be callable: images -> (b, n, D)')
+    f, tf = (check_tensor('tokens', tokens(v), f'{len(v)} n d') for v in (x, tx)) # (b, n, D)
+    m, tm, n = f.mean(1), tf.mean(1), f.shape[1]
+    single = [probe_accuracy(f[:, i], y, tf[:, i], ty, C=.1) for i in range(0, n, max(1, n // 16))]
+    out = {'probe_accuracy': probe_accuracy(m, y, tm, ty), 'ten_label_accuracy': few_label_probe(m, y, tm, ty, 10),
+           'one_label_accuracy': few_label_probe(m, y, tm, ty, 1), 'token_accuracy': sum(single) / len(single)}
+    return {k: round(v, 4) for k, v in out.items()}
 
 # %% ../nbs/11_repa.ipynb #b91f322b
 def timm_name(name:str) -> tuple: # (name in timm, how it was pretrained)
@@ -1024,8 +770,8 @@ class MissingWeights(logging.Filter):
         if text.startswith('Missing keys'): self.keys = text[text.find('(') + 1:text.find(')')][:80]
         return record.levelno >= self.heard
 
-# %% ../nbs/11_repa.ipynb #1d04c345
-def cached(cfg):                # of timm: where the weights are
+# %% ../nbs/11_repa.ipynb #794e472d
+def cached(cfg):                # of timm: where the weights are; -> a Path, or None
     "The weights' file in the local hub cache, or None."
     from huggingface_hub import try_to_load_from_cache
     if not cfg.hf_hub_id: return None
@@ -1040,7 +786,8 @@ def check_reachable(name:str, cfg, seconds:float=4.) -> None:
     if not cfg.has_weights: raise ValueError(f'name: timm has no weights for {name}; give weights=FILE')
     if cfg.hf_hub_id and constants.HF_HUB_OFFLINE: raise ValueError(f'{name}: is not in the cache and HF_HUB_OFFLINE is set; {help}')
     url = f'{constants.ENDPOINT}/{cfg.hf_hub_id}/resolve/main/config.json' if cfg.hf_hub_id else cfg.url
-    if (why := no_answer(url, seconds)): raise ValueError(f'{name}: is not in the cache and could not be had from {url.split("/")[2]} ({why}); {help}')
+    if (why := no_answer(url, seconds)):
+        raise ValueError(f'{name}: is not in the cache and could not be had from {url.split("/")[2]} ({why}); {help}')
 
 def no_answer(url:str, seconds:float) -> str: # '' if it is there
     "Why a file cannot be had from a server; asked in a thread, since looking its name up knows no timeout."
@@ -1054,3 +801,306 @@ def no_answer(url:str, seconds:float) -> str: # '' if it is there
     thread = threading.Thread(target=ask, daemon=True)
     thread.start(); thread.join(seconds)
     return why[0]
+
+# %% ../nbs/11_repa.ipynb #42ebcc44
+def value_error(flow:TarFlow, x:Tensor, y, family:list) -> float: # family: options of Reverse
+    "The largest difference between the likelihood's features and block inputs and those of the pseudo-reverses."
+    traces, _ = run_blocks(flow, x, y, lambda t: tuple(range(1, len(flow.blocks[t - 1].layers) + 1)))
+    feats, entering = features_in(flow, traces), {t: flow.blocks[t - 1].unread(now.x) for t, now in enumerate(traces, 1)}
+    worst = 0.
+    for o in family:
+        theirs, carried = pseudo_reverse(flow, traces, Reverse(list(feats), rerun=True, **o), y)
+        worst = max([worst, *((theirs[k] - feats[k]).abs().max().item() for k in feats),
+                     *((carried[t] - entering[t]).abs().max().item() for t in carried)])
+    return worst
+
+# %% ../nbs/11_repa.ipynb #87932d78
+def judge_exact(results):
+    "The verdicts on R3, R4 and R5: identities."
+    worst = lambda k: max(r[k] for r in results)
+    return {'R3': identity(worst('loss'), 1e-12, 'the loss of equal, opposite and permuted patches against its formula'),
+            'R4': all_of(identity(worst('support'), 0, 'entries of the support matrices that differ from A.4'),
+                         identity(worst('letter'), 1e-12, 'Algorithm 2 to the letter against detach')),
+            'R5': all_of(identity(worst('values'), 1e-10, 'features and inputs of all members against the cache'),
+                         identity(worst('sequential'), 1e-9, 'gradient at unroll = n - 1 against the sequential reverse'),
+                         identity(worst('shared'), 1e-10, 'one forward pass against explicit second passes'))}
+
+# %% ../nbs/11_repa.ipynb #26e5e4af
+@experiment('alignment_exact', claims=('R3', 'R4', 'R5'), verdict=judge_exact, seeds={'smoke': 1, 'laptop': 3},
+            title='the loss, the support of every strategy, and the family of pseudo-reverses, in float64',
+            config={'smoke': {'blocks': 3, 'layers': 2, 'dim': 16, 'unrolls': [0, 1, 15]},
+                    'laptop': {'blocks': 4, 'layers': 2, 'dim': 16, 'unrolls': [0, 1, 2, 4, 15]}})
+def alignment_exact(seed, budget):
+    "R3, R4, R5: errors, all of them rounding or zero."
+    c, T = EXPERIMENTS['alignment_exact'].config[budget], EXPERIMENTS['alignment_exact'].config[budget]['blocks']
+    flow = shake(TarFlow(8, 1, 2, c['dim'], T, c['layers'], 8, classes=3), .05, seed).double()
+    x, v, y = torch.randn(5, 1, 8, 8, dtype=torch.float64), torch.randn(5, 16, 12, dtype=torch.float64), torch.tensor([0, 1, 2, -1, 1])
+    head, error = Projector(c['dim'], 12, 24).double(), lambda a, b: ((a - b).norm() / b.norm()).item()
+    on = lambda s: flat(alignment_gradient(flow, s, x, y, v, head), flow)
+    support = lambda kind, want: int(((gradient_support(flow, kind, x, y, v, head) > 0) != want).sum())
+    ones, pairs = torch.ones(T, T, dtype=torch.bool), [(t, t % c['layers'] + 1) for t in range(T - 2, T + 1)]
+    family = [dict(carry=False), *(dict(unroll=k) for k in c['unrolls'])]
+    norms = lambda a, b: (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
+    loss = max((alignment_loss(p, v) + norms(p, v).mean()).abs().item() for p in (3 * v, -v, v.roll(1, 1)))
+    return {'loss': loss, 'support': support(Forward, ones.tril()) + support(Detach, ones.tril().triu()) + support(Reverse, ones.triu())
+            + support(ReverseSequential, ones.triu()),
+            'letter': max(error(on(Reverse([p], carry=False, rerun=True)), on(Detach([p]))) for p in pairs),
+            'values': value_error(flow, x, y, family),
+            'sequential': error(on(Reverse(pairs, unroll=15)), on(ReverseSequential(pairs))),
+            'shared': max(error(on(Reverse(pairs, **o)), on(Reverse(pairs, rerun=True, **o))) for o in family)}
+
+# %% ../nbs/11_repa.ipynb #1277dbe4
+STRATEGIES = {'forward': Forward, 'detach': Detach, 'reverse': Reverse, 'sequential': ReverseSequential}
+
+def steady(step:int, steps:int, warmup:int=0) -> float: # share of the learning rate
+    "A linear warm-up, then no change: every look is at a training that could have ended there."
+    return min(1., (step + 1) / max(1, warmup))
+
+SCHEDULES = {'cosine': cosine, 'steady': steady}
+
+# c: see `averaging`, with data and sigma, and perhaps schedule and device; how: kind, blocks, layer, lam, encoder, hidden
+def train_aligned(c:dict, seed:int, how:dict=None, every:int=None):
+    "Train a TarFlow by a recipe, aligned or not (how=None), from the same start on the same batches; yields (step, averaged flow)."
+    for name, given, keys in (('c', c, 'model classes steps lr batch_size average weight_decay data sigma'),
+                              *([] if how is None else [('how', how, 'kind blocks layer lam encoder hidden')])):
+        if not isinstance(given, dict) or (gone := [k for k in keys.split() if k not in given]):
+            raise ValueError(f'{name}: {f"it lacks {gone[0]}" if isinstance(given, dict) else repr(given) + " came"}, must be a dictionary '
+                             f'with {", ".join(keys.split())}')
+    check_whole('seed', seed, 0)
+    if every is not None: check_whole('every', every)
+    if how is not None: check_choice('how, kind', how['kind'], STRATEGIES)
+    schedule = SCHEDULES[check_choice('c, schedule', c.get('schedule', 'cosine'), SCHEDULES)]
+    check_device('c, device', c.get('device', 'cpu'))
+    if c.get('shift'):
+        raise ValueError('c: a recipe that shifts images needs features of the shifted ones, and these are looked up; leave shift out')
+    size, every = c['model']['image_size'], c['steps'] if every is None else every
+    data, transforms, make = load(c['data'], image_size=size), [GaussianNoise(c['sigma'])], None
+    if how is not None:
+        table = features_of(how['encoder'], c['data'], size, (size // c['model']['patch_size'],) * 2)
+        strategy = STRATEGIES[how['kind']]([(t, how['layer']) for t in how['blocks']], **how.get('options', {}))
+        make, transforms = lambda flow: Alignment(flow, strategy, table.shape[-1], how['lam'], how['hidden']), [Lookup(table), *transforms]
+    yield from averaging(c, data, transforms, seed, every, make, schedule=schedule)
+
+@lru_cache(3)
+def features_of(name:str, dataset:str, size:int, grid:tuple) -> Tensor: # (samples, n, D)
+    "What a dataset is aligned with: an encoder's features, or one of two controls, an 'untrained' encoder and the 'pixels'."
+    data = load(dataset, image_size=size)
+    if name == 'pixels': return patchify(data.batch(range(len(data)))[0], data.shape[-1] // grid[1])
+    if name != 'untrained': return encode(encoder(name, grid), data)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return encode(Encoder(DigitsViT().vit, grid, 2, name=name), data)
+
+# %% ../nbs/11_repa.ipynb #dc585b2e
+ALIGN = {'kind': 'reverse', 'blocks': [3, 4], 'layer': 2, 'lam': .5, 'hidden': 256, 'encoder': 'digits'}
+SMALL = {**SWEEP, 'data': 'digits', 'sigma': .1, 'model': {'image_size': 8, 'channels': 1, 'patch_size': 2, 'dim': 32, 'blocks': 4,
+                                                           'layers': 3, 'head_dim': 16},
+         'classes': 10, 'batch_size': 32, 'lr': 1e-2, 'average': .98, 'schedule': 'steady', 'digits': 360}
+ROWS = {'how': {**ALIGN, 'layer': 3, 'hidden': 128}, 'places': {'first': [1, 2], 'last': [3, 4], 'all': [1, 2, 3, 4]},
+        'table': [['forward', 'first', [1]], ['detach', 'first', [1]], ['detach', 'all', [1, 3]], ['reverse', 'all', [1]],
+                  ['detach', 'last', [1]], ['reverse', 'last', [1, 2, 3]]],
+        'lams': [.1], 'encoders': ['digits-labels', 'untrained'], 'unrolls': []}
+
+def table_rows(c:dict) -> dict: # name -> how
+    "The rows of the experiment: plain, those of `c['table']` (strategy, place, layers), and one setting moved at a time from `c['how']`."
+    how, rows = c['how'], {'plain': None}
+    for kind, place, layers in c['table']:
+        rows |= {f'{kind} {place} {l}': {**how, 'kind': kind, 'blocks': c['places'][place], 'layer': l} for l in layers}
+    rows |= {f'lambda {lam}': {**how, 'lam': lam} for lam in c['lams']} | {f'encoder {e}': {**how, 'encoder': e} for e in c['encoders']}
+    return rows | {f'unroll {k}': {**how, 'options': {'unroll': k}} for k in c['unrolls']}
+
+def chosen(rows) -> str:
+    "The paper's choice among rows: reverse alignment of the last blocks at the deepest layer."
+    return max((name for name in rows if name.startswith('reverse last')), key=lambda name: int(name.split()[-1]))
+
+# %% ../nbs/11_repa.ipynb #a206e3a6
+def drawn(flow:TarFlow, n:int, sigma:float, seed:int, w:float=0.) -> Tensor: # (n, c, h, w) on the CPU
+    "Denoised samples, one class after the other; what broke is shown at the edge of what images reach, not left out."
+    y, g = (torch.arange(n) % flow.classes).to(next(flow.parameters()).device), torch.Generator().manual_seed(seed + 1)
+    raw = sample(flow, y, ClassGuidance(w), solver='sequential', generator=g, batch_size=500, on_broken='keep')
+    return denoise(flow, at_edge(raw, sigma), sigma, y).nan_to_num(0, 1, -1).cpu()
+
+def shrunk(x:Tensor) -> Tensor: # (n, 1, h, w) -> (n, 1, 8, 8), as the judge of digits takes them
+    "Images averaged to 8x8; those of that size as they are."
+    return x if x.shape[-1] == 8 else F.interpolate(x, (8, 8), mode='bilinear', antialias=True)
+
+def drawn_fid(flow:TarFlow, n:int, c:dict, seed:int, reference, w:float=0.) -> dict:
+    "FID and sFID of samples under guidance `w`."
+    found = evaluate(shrunk(drawn(flow, n, c['sigma'], seed, w)), reference, ('fid', 'sfid'), 'digits')
+    return {k: found[k] for k in ('fid', 'sfid')}
+
+def noisy_test(flow:TarFlow, c:dict) -> tuple: # (n, c, h, w), (n,), where the flow is
+    "Noisy test images and their labels."
+    data = load(c['data'], 'test', image_size=c['model']['image_size'])
+    return tuple(v[:c['digits']].to(next(flow.parameters()).device) for v in noisy(data, c['sigma']))
+
+def share_of(hits:Tensor) -> float:
+    "The share of True."
+    return hits.double().mean().item()
+
+def read_digits(flow:TarFlow, c:dict) -> dict:
+    "Accuracies on noisy test images by one gradient and by exact Bayes, their agreement, and bits of the noisy density."
+    x, y = noisy_test(flow, c)
+    log_p, one = class_log_probs(flow, x), classify(flow, x)
+    exact = log_p.argmax(1)
+    return {'one': share_of(one == y), 'bayes': share_of(exact == y), 'agree': share_of(one == exact),
+            'bits': to_bits(-log_p.gather(1, y[:, None]).mean().item() / x[0].numel())}
+
+def glance(flow:TarFlow, c:dict, seed:int, reference) -> dict:
+    "A look on the way: the accuracy of one gradient, and FID at the one weight `c['w']`."
+    x, y = noisy_test(flow, c)
+    return {'one': share_of(classify(flow, x) == y), 'fid': drawn_fid(flow, c['samples'], c, seed + OTHER, reference, c['w'])['fid']}
+
+# %% ../nbs/11_repa.ipynb #df6f433c
+OTHER = 1000                             # added to a seed: samples to judge on, which nothing was chosen on
+
+def at_best_w(flow:TarFlow, c:dict, seed:int, reference) -> dict:
+    "FID and sFID at the weight that was best on a first set of samples, judged on a second one; and without guidance."
+    sweep = {w: drawn_fid(flow, c['tried'], c, seed, reference, w)['fid'] for w in c['ws']}
+    w = min(sweep, key=sweep.get)
+    best, free = (drawn_fid(flow, c['samples'], c, seed + OTHER, reference, v) for v in (w, 0.))
+    return {'w': w, 'fid': best['fid'], 'sfid': best['sfid'], 'free_fid': free['fid'], 'free_sfid': free['sfid']}
+
+# %% ../nbs/11_repa.ipynb #a16e8ce1
+WORDS = {'fid': 'FID', 'sfid': 'sFID', 'one': 'error of one gradient'}
+
+def against(rows, a:str, b:str, what:str='fid', steps:int=None): # rows: one a seed, name -> what -> number
+    "The verdict on the claim that a row has the lower FID or sFID, or makes fewer errors, than another."
+    value = lambda r: round(1 - r['one'], 9) if what == 'one' else r[what]
+    return lower([value(r[a]) for r in rows], [value(r[b]) for r in rows], (f'{WORDS[what]}: {a}', b), steps=steps)
+
+def judge_r7(rows, less):
+    "Table 1: reverse on the last blocks has the best FID, detach on the first the best accuracy, forward hurts sFID."
+    return all_of(*(less('reverse last 1', b) for b in ('plain', 'detach last 1', 'reverse all 1', 'detach first 1')),
+                  *(less('detach first 1', b, 'one') for b in ('plain', 'detach last 1', 'reverse last 1')),
+                  less('plain', 'forward first 1', 'sfid'))
+
+def judge_r8(rows, less):
+    "Tables 1 and 7: the deepest layer is better than the first for reverse on the last blocks, and worse for detach on all blocks."
+    return all_of(less(chosen(rows[0]), 'reverse last 1'), less('detach all 1', 'detach all 3'))
+
+def judge_r13(rows, less):
+    "Table 8: better than plain with either encoder, and better than with an encoder that knows nothing."
+    top = chosen(rows[0])
+    return all_of(less(top, 'plain'), less('encoder digits-labels', 'plain'), less(top, 'encoder untrained'))
+
+def judge_r14(rows, less):
+    "Table 9: a weight of 0.1 is better than one of 0.5."
+    return less('lambda 0.1', chosen(rows[0]))
+
+# %% ../nbs/11_repa.ipynb #b9227381
+def faster(plain:dict, aligned:dict, level) -> float: # {step: look} twice; look -> number that grows as a flow gets better
+    "Steps of the plain flow over steps of the aligned one to the best level that both reach."
+    def climb(looks):                    # the best so far, at every look
+        steps, best = [0.], [-math.inf]
+        for step, look in looks.items(): steps.append(float(step)); best.append(max(best[-1], level(look)))
+        return steps[1:], best[1:]
+    (steps, a), (_, b) = climb(plain), climb(aligned)
+    both = min(a[-1], b[-1])
+    def arrives(best):
+        i = next(i for i, v in enumerate(best) if v >= both)
+        if i == 0: return steps[0]
+        return steps[i - 1] + (steps[i] - steps[i - 1]) * (both - best[i - 1]) / (best[i] - best[i - 1])
+    return arrives(a) / arrives(b)
+
+def judge_r9(results, less):
+    "Table 2: the aligned flow needs fewer steps to the plain one's final FID and accuracy, and ends with the higher accuracy."
+    top, out = chosen(results[0]['rows']), []
+    for what, level in (('FID', lambda v: -math.log(v['fid'])), ('accuracy', lambda v: v['one'])):
+        times = [faster(r['looks']['plain'], r['looks'][top], level) for r in results]
+        v = lower([1.] * len(times), times, ('no gain', top))
+        out.append(Verdict(v.state, f'steps saved, to the same {what}: plain takes {summary(times)} times as many: {v.reason}'))
+    return all_of(*out, less(top, 'plain', 'one'))
+
+# %% ../nbs/11_repa.ipynb #a2964caa
+def width(sweep:dict, factor:float=1.5) -> float: # {w: FID}
+    "How long the stretch of weights around the best is whose FID stays within `factor` of it; straight lines between the points."
+    ws, fids = [float(w) for w in sweep], list(sweep.values())
+    at, bound = fids.index(min(fids)), factor * min(fids)
+    def reach(i, step):
+        while 0 <= i + step < len(ws) and fids[i + step] <= bound: i += step
+        j = i + step
+        return ws[i] if not 0 <= j < len(ws) else ws[i] + (ws[j] - ws[i]) * (bound - fids[i]) / (fids[j] - fids[i])
+    return reach(at, 1) - reach(at, -1)
+
+def judge_r10(results, less):
+    "Fig. 5 left: the best FID of a sweep of weights, better across it, and robust."
+    top = chosen(results[0]['rows'])
+    mean = lambda name: [sum(map(math.log, r['sweeps'][name].values())) / len(r['sweeps'][name]) for r in results]
+    best, stretch = [r['rows'][top]['w'] for r in results], [width(r['sweeps'][top]) for r in results]
+    return all_of(less(top, 'plain'), lower(mean(top), mean('plain'), (f'mean log FID of the sweep: {top}', 'plain')),
+                  lower(best, stretch, (f'best weight of {top}', 'stretch of weights within 1.5 times the best FID')))
+
+def judge_r2(results):
+    "Fig. 4: one gradient is within five points of the best probe of any layer, without and with alignment."
+    def apart(name): return [abs(max(r['probes'][name].values()) - r['rows'][name]['one']) for r in results]
+    return all_of(*(lower(apart(name), [.05] * len(results), (f'distance of one gradient from the best probe, {name}', 'five points'))
+                    for name in ('plain', chosen(results[0]['rows']))))
+
+# %% ../nbs/11_repa.ipynb #859e8aea
+def judge_tables(results):
+    "The verdicts on R2, R7, R8, R9, R10, R13 and R14."
+    rows, steps = [r['rows'] for r in results], int(list(results[0]['looks']['plain'])[-1])
+    less = lambda a, b, what='fid': against(rows, a, b, what, steps)
+    return {'R2': judge_r2(results), 'R7': judge_r7(rows, less), 'R8': judge_r8(rows, less), 'R9': judge_r9(results, less),
+            'R10': judge_r10(results, less), 'R13': judge_r13(rows, less), 'R14': judge_r14(rows, less)}
+
+# %% ../nbs/11_repa.ipynb #6742dfa8
+@experiment('alignment_tables', claims=('R2', 'R7', 'R8', 'R9', 'R10', 'R13', 'R14'), verdict=judge_tables,
+            seeds={'smoke': 1, 'laptop': 5, 'gpu': 5},
+            title='the tables of R-REPA: strategies, places, layers, encoders and weight; convergence, guidance and probes',
+            config={'smoke': {**SMALL, **ROWS, 'steps': 2, 'every': 1, 'tried': 20, 'samples': 30, 'digits': 10, 'ws': [0., 1.], 'w': 1.},
+                    'laptop': {**SMALL, **ROWS, 'steps': 500, 'every': 100, 'tried': 300, 'samples': 1000, 'ws': [0., .5, 1., 1.5, 2.5],
+                               'w': 1.},
+                    # one GPU: 64 tokens, 8 blocks of 4 layers, the paper's places; the schedule and the rows are the laptop's
+                    'gpu': {**SMALL, **ROWS, 'device': 'cuda',
+                            'model': {**SMALL['model'], 'patch_size': 1, 'dim': 128, 'blocks': 8, 'layers': 4, 'head_dim': 32},
+                            'places': {'first': [1, 2], 'last': [7, 8], 'all': list(range(1, 9))},
+                            'how': {**ROWS['how'], 'blocks': [7, 8], 'hidden': 512}, 'unrolls': [4],
+                            'batch_size': 64, 'lr': 3e-3, 'average': .99, 'steps': 1500, 'every': 250, 'tried': 1000, 'samples': 2000,
+                            'ws': [0., .5, 1., 1.5, 2., 3., 4.], 'w': 1.}})
+def alignment_tables(seed, budget):
+    "R2, R7, R8, R9, R10, R13, R14: one sweep of trainings, from the same start and on the same batches."
+    c, out = EXPERIMENTS['alignment_tables'].config[budget], {'rows': {}, 'looks': {}, 'sweeps': {}, 'probes': {}}
+    train, test = load(c['data']), load(c['data'], 'test')
+    reference, rows = collect(train, 'digits'), table_rows(c)
+    for name, how in rows.items():
+        close = name in ('plain', chosen(rows))                  # these two are looked at all the way
+        for step, flow in train_aligned(c, seed, how, c['every'] if close else None):
+            if close: out['looks'].setdefault(name, {})[str(step)] = glance(flow, c, seed, reference)
+        out['rows'][name] = {**read_digits(flow, c), **at_best_w(flow, c, seed, reference)}
+        if not close: continue
+        out['sweeps'][name] = {str(w): drawn_fid(flow, c['samples'], c, seed + OTHER, reference, w)['fid'] for w in c['ws']}
+        out['probes'][name] = {f'{t} {l}': v for (t, l), v in linear_probe(flow, train, test, sigma=c['sigma']).items()}
+    return out
+
+# %% ../nbs/11_repa.ipynb #8e5a1c20
+MNIST = {**SWEEP, 'data': 'mnist5k', 'sigma': .2, 'classes': 10, 'digits': 360,
+         'model': {'image_size': 28, 'channels': 1, 'patch_size': 4, 'dim': 48, 'blocks': 4, 'layers': 2, 'head_dim': 24}}
+
+@experiment('alignment_mnist', seeds={'smoke': 1, 'laptop': 3, 'gpu': 5}, title='MNIST at 28x28, aligned with the encoder of the 8x8 '
+                                                                                'digits, which has never seen it',
+            config={'smoke': {**MNIST, 'steps': 1, 'samples': 20, 'digits': 10, 'how': {**ALIGN, 'encoder': 'pixels'}},
+                    'laptop': {**MNIST, 'steps': 300, 'samples': 500, 'how': ALIGN},
+                    'gpu': {**MNIST, 'device': 'cuda', 'model': {**MNIST['model'], 'dim': 128, 'blocks': 8, 'head_dim': 32}, 'lr': 3e-3,
+                            'digits': 1000, 'steps': 4000, 'samples': 4000,
+                            'how': {**ALIGN, 'blocks': [7, 8], 'hidden': 512}}})
+def alignment_mnist(seed, budget):
+    "Plain, detach and reverse on other images: FID is that of the digits' judge on samples shrunk to 8x8."
+    c, out = EXPERIMENTS['alignment_mnist'].config[budget], {}
+    data = load(c['data'])
+    reference = collect(shrunk(data.batch(range(len(data)))[0]), 'digits')
+    for name, how in {'plain': None, **{f'{kind} last': {**c['how'], 'kind': kind} for kind in ('detach', 'reverse')}}.items():
+        for _, flow in train_aligned(c, seed, how):
+            out[name] = {**read_digits(flow, c), **drawn_fid(flow, c['samples'], c, seed, reference)}
+    return out
+
+# %% ../nbs/11_repa.ipynb #d42f35db
+ALIGNED = {'digits-0.1-aligned': {**FLOWS['digits-0.1'], 'minutes': 3, 'how': {**ALIGN, 'blocks': [7, 8], 'layer': 1}}}
+
+def train_aligned_flow(name:str, seed:int=0, steps:int=None) -> TarFlow:
+    "Train an aligned checkpoint of the book by its recipe; the averaged weights, with their card."
+    check_choice('name', name, ALIGNED)
+    c, steps = ALIGNED[name], ALIGNED[name]['steps'] if steps is None else steps
+    for _, flow in train_aligned({**c, 'steps': steps}, seed, c['how']): pass
+    return with_card(flow, c, seed, steps, aligned=c['how'])

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import flowbook.repa as E
+from flowbook.tarflow import TarFlow
 from flowbook.data import Batch, batches, load
 from flowbook.flows import weights_folder
 from flowbook.train import fit
@@ -200,6 +201,7 @@ def test_doors(tmp_path, tiny):
     for bad in (4, (4,), (4, 0), (4., 4), (True, 4), 'ab'):
         with pytest.raises(ValueError, match='grid'): E.encoder('digits', bad)
     enc = shipped((4, 4))
+    assert E.encoder('digits', TarFlow((4, 8), 1, 2, 16, 2, 1, 8)).grid == (2, 4), 'a flow says its own grid'
     for bad in (torch.zeros(1, 8, 8), torch.zeros(1, 2, 8, 8), torch.zeros(1, 1, 8, 8, dtype=torch.uint8), [1]):
         with pytest.raises(ValueError, match='x: '): enc(bad)
 

@@ -420,3 +420,21 @@ def test_samples_of_the_twins_are_drawn_on_the_device_of_the_flow_and_come_back(
     a, b, guided = drawn(flow, 7, .1, 3), drawn(flow, 7, .1, 3), drawn(flow, 7, .1, 3, 1.)
     assert a.shape == (7, 1, 8, 8) and a.device.type == 'cpu' and torch.equal(a, b) and not torch.equal(a, guided)
     if torch.cuda.is_available(): assert torch.allclose(drawn(flow.cuda(), 7, .1, 3), a, atol=1e-3)
+
+
+def test_the_example_with_dinov2_is_the_one_that_runs():
+    "Chapter 11 shows the alignment with DINOv2, which needs its weights; the lines after the settings are those that run there with a small encoder."
+    import nbformat
+    from pathlib import Path
+    cells = [c.source for c in nbformat.read(Path(__file__).parents[1]/'nbs'/'11_repa.ipynb', 4).cells if c.cell_type == 'code']
+    shown, = (s for s in cells if "encoder('dinov2-b', flow)" in s)
+    ran, = (s for s in cells if "encoder('digits', (4, 4)), [(3, 2), (4, 2)]" in s)
+    lines = shown.split('\n\n')[1].splitlines()
+    assert shown.startswith('#| eval: false') and len(lines) == 3 and lines == ran.split('\n\n')[1].splitlines()[:3]
+    settings = shown.split('\n\n')[0].replace("load('folder', root='my_images', image_size=64)", "load('digits')").replace('400_000', '2')
+    settings = settings.replace('TarFlow(64, 3, 4, 1024, 8, 8,', 'TarFlow(8, 1, 2, 16, 8, 6, 8,').replace("encoder('dinov2-b', flow)", "encoder('digits', flow)")
+    assert 'digits' in settings and 'dinov2' not in settings and '1024' not in settings
+    names = {}
+    exec('from flowbook.repa import *; from flowbook.train import *; from flowbook.data import *; from flowbook.tarflow import TarFlow', names)
+    exec('\n'.join([settings.replace('#| eval: false', ''), *lines]), names)
+    assert names['log']['step'] == 2 and math.isfinite(names['log']['nll']) and -1 <= names['log']['align'] <= 1

@@ -91,7 +91,6 @@ DOORS = [
     door('few_label_probe', lambda tmp: dict(f=FEATURES, y=LABELS, tf=FEATURES, ty=LABELS, n=2, draws=2), f=table('f'), y=[*tensor(), LABELS.float(), LABELS[:3], LABELS[None], 0 * LABELS],
          tf=[*table('tf'), off('tf', 1)], ty=[*tensor(), LABELS.float(), LABELS[:3]], n=whole(), draws=whole()),
     door('probe_digits', lambda tmp: dict(tokens=lambda v: v.mean((1, 2, 3))[:, None, None]), tokens=['tokens', None, torch.nn.Flatten(), torch.nn.Identity()]),
-    door('token_colours', lambda tmp: dict(f=V), f=[*table('f'), lambda good: good['f'][..., :2], lambda good: good['f'] / 0]),
     door('Projector', lambda tmp: dict(dim=4, width=3, hidden=2), dim=whole(), width=whole(), hidden=whole()),
     door('Projector.forward', lambda tmp: dict(h=torch.zeros(3, 16)), of=lambda tmp: head(), h=[*tensor(), torch.zeros(3, 15), torch.zeros(3, 16).long(), torch.tensor(1.)]),
     door('alignment_loss', lambda tmp: dict(p=V[None], v=V), p=[*tensor(), integers('p'), off('p', 1), off('p', 2), off('p', 3), V[:1], V[0]], v=[*tensor(), integers('v'), flat('v'), one_more_axis('v')]),
