@@ -1,4 +1,5 @@
 """The explorer without a browser: plain functions, every control moved from code, and sentences instead of tracebacks."""
+import asyncio
 import dataclasses
 import io
 import math
@@ -7,8 +8,8 @@ import pytest
 import torch
 
 from flowbook import explore
-from flowbook.explore import (KINDS, SIGMAS, SOLVERS, TOLERANCES, Contest, Explorer, Flows, Setting, compare_solvers, contest, density_png, density_redraw, path_log_prob, redraw, render,
-                              solver_redraw, to_png)
+from flowbook.explore import (KINDS, SIDE, SIGMAS, SOLVERS, TOLERANCES, Contest, Explorer, Flows, Setting, as_code, compare_solvers, contest, crossed, density_png, density_redraw,
+                              density_text, latest, path_log_prob, plain, redraw, render, solver_frames, solver_redraw, titles_of, to_png)
 from flowbook.flows import shake
 from flowbook.tarflow import TarFlow
 
@@ -101,6 +102,88 @@ def test_controls_follow_the_model_and_a_mistake_is_a_sentence(flows):
     assert c['block'].max == 3 and 'Nothing' not in panel.text.value
 
 
+def test_what_was_chosen_is_kept_and_reset_undoes_all(flows):
+    pytest.importorskip('ipywidgets')
+    flows['deep'] = shake(TarFlow(4, 1, 2, 16, 5, 1, 8, classes=7))
+    start = Setting('deep', label=6, denoise=False, block=4)
+    panel = explore.panel(flows, start, n=4)
+    c = panel.controls
+    for name in ('free', 'a'):                                                               # fewer blocks; no classes, or too few
+        c['model'].value = name
+        assert c['label'].value == -1 and c['block'].value == c['block'].max == 3
+    c['model'].value = 'deep'
+    assert (c['label'].value, c['block'].value) == (6, 4) and explore.setting_of(c) == start
+    for name, value in dict(model='a', label=1, kind='temperature', w=3., tau=.5, schedule='linear', denoise=True, gamma=4., seed=7, block=1).items(): c[name].value = value
+    panel.reset.click()
+    assert explore.setting_of(c) == start and panel.images[0].value == render(Explorer(flows, n=4).picture(start))[0]
+    c['model'].value = 'a'                                                                   # the end of one flow is the end of another
+    c['block'].value = 2; c['block'].value = 3; c['model'].value = 'deep'
+    assert c['block'].value == 5
+
+
+def test_a_control_without_effect_says_so(flows):
+    pytest.importorskip('ipywidgets')
+    c = explore.panel(flows, Setting('a'), n=4).controls
+    off = lambda: {k for k, w in c.items() if w.description.endswith(' (off)')}
+    assert off() == {k for k, w in c.items() if w.disabled} == {'w', 'tau', 'schedule'}
+    c['kind'].value = 'temperature'
+    assert off() == set()
+    race = explore.solver_panel(flows, Contest('a'))
+    assert race.controls['w'].description == 'weight w (off)'
+
+
+def test_titles_say_what_is_shown(flows):
+    s = Setting('a')
+    assert titles_of(s, 3) == ('raw sample', 'finished: after denoising') == titles_of(replace(s, block=3), 3)
+    assert titles_of(replace(s, block=0, denoise=False), 3) == ('latents z', 'finished: no step is on')
+    assert titles_of(replace(s, block=2, gamma=1.), 3) == ('after 2 of 3 blocks', 'finished: after a score step and denoising')
+    pytest.importorskip('ipywidgets')
+    panel = explore.panel(flows, s, n=4)
+    panel.controls['block'].value = 1
+    assert [t.value for t in panel.titles] == list(titles_of(replace(s, block=1), 3))
+
+
+def test_a_setting_is_shown_as_code_that_makes_it_again(flows):
+    for s in (Setting('a'), Setting("it's", label=2, kind='star', w=.25, gamma=1., denoise=False, seed=9, block=0)):
+        assert eval(as_code(s)) == s
+        assert as_code(s) in plain(redraw(Explorer({s.model: tiny()}, n=2), s)[2])
+
+
+def test_who_waits_hears_how_far_it_is(flows):
+    pytest.importorskip('ipywidgets')
+    ex, heard = Explorer(flows, n=2), []
+    for _ in range(2): ex.picture(Setting('a'), lambda k, T: heard.append((k, T)))
+    assert heard == [(0, 3), (1, 3), (2, 3), (3, 3)]                                         # what is remembered is not drawn again
+    with pytest.raises(ValueError, match='told: 3 came'): ex.samples(Setting('a'), 3)
+    panel, said = explore.panel(flows, Setting('a'), n=2), []
+    panel.text.observe(lambda c: said.append((c.new, 'flowbook-old' in panel.images[0]._dom_classes)), 'value')
+    panel.controls['model'].value = 'b'                                                      # not known to be quick
+    assert 'Drawing: 0 of 3 blocks' in said[0][0] and said[0][1] and 'nats' in said[-1][0] and 'flowbook-old' not in panel.images[0]._dom_classes
+
+
+def test_the_classes_that_were_asked_for_are_said(flows):
+    assert 'row by row: 0 1 2 / 0 1 2.' in Explorer(flows, n=6).picture(Setting('a')).note
+    flows['a'].card = {'sigma': .2, 'class_names': ['cat', 'dog', 'owl']}
+    assert 'row by row: cat dog / owl cat.' in Explorer(flows, n=4).picture(Setting('a')).note
+    for s, n in ((Setting('a', label=1), 4), (Setting('free'), 4), (Setting('a'), 49)): assert 'row by row' not in Explorer(flows, n=n).picture(s).note
+
+
+def test_broken_samples_can_be_told_from_grey_ones():
+    x = torch.zeros(2, 1, 8, 8)
+    x[0] = math.nan
+    out = crossed(x)
+    assert out[0].diagonal(dim1=-2, dim2=-1).unique().tolist() == [.5] and out[0].unique().tolist() == [0., .5] and not out[1].any()
+    assert to_png(x) != to_png(x.nan_to_num()) and crossed(torch.full((1, 3, 4, 6), math.nan)).isfinite().all()
+
+
+def test_mistakes_are_told_in_the_words_of_the_panel(flows):
+    ex = Explorer(flows, n=2)
+    for change, says in ((dict(model='free', kind='star'), "guidance: 'star' compares"), (dict(tau=0.), 'temperature: '), (dict(label=9), 'class: '), (dict(gamma=-1.), 'score step: ')):
+        left, _, text = redraw(ex, replace(Setting('a'), **change))
+        assert says in plain(text) and (pixels(left) == 255).all()                           # white: nothing that could be a broken sample
+    assert "guidance: 'class' needs classes" in plain(solver_redraw(Flows(flows), Contest('free', kind='class'))[1])
+
+
 def test_extremes_show_samples_or_a_sentence(flows):
     flows['wild'] = shake(tiny(), .8)                                                        # overflows on purpose
     ex, seen = Explorer(flows, n=4), set()
@@ -140,6 +223,11 @@ def test_the_density_panel():
         seen.append(tuple(w.value for w in panel.images))
         assert all(abs(pixels(a) - pixels(b)).max() <= 2 for a, b in zip(seen[-1], density_png(sigma)))
     assert len(set(seen)) == 3
+    said = []
+    panel.text.observe(lambda c: said.append(c.new), 'value')
+    for sigma in (.07, SIGMAS[0]): panel.controls['sigma'].value = sigma
+    assert [k for k, text in enumerate(said) if text.startswith('Drawing')] == [0] or .07 in explore.DRAWN       # a stop is drawn once
+    assert '0.001 in z moves x by 0.002' in density_text(.2) and 'from one point to the next' in density_text(.05)
     for bad in (0., -1., math.nan):
         with pytest.raises(ValueError, match='above 0'): density_png(bad)
         assert 'Nothing to show' in density_redraw(bad)[2]
@@ -209,13 +297,49 @@ def test_every_control_of_the_solvers(flows):
         after = [w.value for w in panel.images]
         assert (after != before or name == 'tol') and panel.text.value != said and ' ms' in panel.text.value, name
         want = contest(Flows(flows), replace(start, **{name: value}))
-        assert all(abs(pixels(png) - pixels(to_png(r.images, 160))).max() <= (2 if name != 'tol' else 30) for png, r in zip(after, want)), name
+        assert all(abs(pixels(png) - pixels(to_png(r.images, SIDE))).max() <= (2 if name != 'tol' else 30) for png, r in zip(after, want)), name
         assert all(f'{r.solver}</td>' in panel.text.value for r in want) and panel.controls['w'].disabled == (name == 'kind')
     panel.controls['kind'].value = 'class'; panel.controls['model'].value = 'free'
     assert 'Nothing to show' in panel.text.value
     panel.controls['kind'].value = 'none'
     assert 'Nothing' not in panel.text.value
     with pytest.raises(ValueError, match='one of'): explore.solver_panel(flows, Contest('c'))
+
+
+def test_a_comparison_says_what_is_ready_and_gives_way(flows):
+    known, s = Flows(flows), Contest('a', n=2)
+    frames = list(solver_frames(known, s))
+    ready = [sum(png is not None for png in pngs) for pngs, _ in frames]
+    assert ready == sorted(ready) and set(ready) == set(range(5)) and '0 of 4 solvers' in frames[0][1]
+    assert all('Comparing' in text for _, text in frames[:-1]) and 'Compared in' in frames[-1][1] and frames[-1][0] == list(solver_redraw(known, s)[0])
+
+    seen = []
+    def steps(name, n):
+        for k in range(n): seen.append((name, k)); yield
+    async def browser():
+        run = latest()
+        run(steps('first', 1000)); await asyncio.sleep(.05)
+        run(steps('second', 3)); await asyncio.sleep(.2)
+    asyncio.run(browser())
+    assert 0 < len([1 for name, _ in seen if name == 'first']) < 100 and [k for name, k in seen if name == 'second'] == [0, 1, 2]
+    assert seen[-1] == ('second', 2)
+    seen.clear()
+    latest()(steps('script', 3))
+    assert len(seen) == 3
+
+
+def test_a_panel_under_an_event_loop_shows_the_last_move(flows):
+    pytest.importorskip('ipywidgets')
+    panel = explore.solver_panel(flows, Contest('a', n=2))
+    async def browser():
+        for seed in (1, 2, 3): panel.controls['seed'].value = seed
+        for _ in range(400):
+            await asyncio.sleep(.01)
+            if 'Compared' in panel.text.value: return
+    panel.text.value = ''
+    asyncio.run(browser())
+    assert [w.value for w in panel.images] == [to_png(r.images, SIDE) for r in contest(Flows(flows), Contest('a', n=2, seed=3))]
+    assert not any('flowbook-old' in w._dom_classes for w in panel.images)
 
 
 @pytest.mark.fault('malice', 'the card of a model says words for its noise, or names for other classes than it has', 'the explorer refuses the noise by name, and numbers the classes; mend card.json')

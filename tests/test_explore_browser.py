@@ -106,6 +106,7 @@ class Page:
     def find(self, selector): return self.driver.find_element('css selector', selector)
     def shown(self, name): return array(base64.b64decode(p)) if (p := self.driver.execute_async_script(PIXELS, f'img.flowbook-{name}')) else None
     def text(self, name='text'): return self.find(f'.flowbook-{name}').text
+    def pale(self, name): return float(self.driver.execute_script('return getComputedStyle(arguments[0]).opacity', self.find(f'img.flowbook-{name}'))) < .5
 
     def choose(self, name, wanted=None):
         "Another option of a menu: the one called `wanted`, or the next."
@@ -157,6 +158,7 @@ class Page:
 
 def test_every_control_of_the_panels_in_jupyterlab(driver, lab):
     from selenium.webdriver.common.keys import Keys
+    from dataclasses import replace
     from flowbook import explore
     address, log = lab
     driver.get(f'{address}/lab/tree/17_explore.ipynb?reset')
@@ -172,11 +174,13 @@ def test_every_control_of_the_panels_in_jupyterlab(driver, lab):
     assert not page.errors()
 
     ours = explore.Explorer(explore.book_flows())
-    twins = explore.make_controls(ours, explore.Setting(next(iter(ours.flows))))
+    twins = explore.make_controls(ours, explore.START)
     def setting():
         at = {k: page.stands(k, w) for k, w in twins.items()}
         if not ours.flow(at['model']).classes: at['gamma'] = 0.      # switched off there, whatever it stands at
+        at['block'] = min(at['block'], len(ours.flow(at['model']).blocks))   # the slider follows the model when the kernel has heard of it
         return explore.Setting(**at)
+    def titles(): return tuple(page.text(f'{side}-title') for side in ('left', 'right'))
     def wanted(): return [array(png) for png in explore.render(ours.picture(setting()))[:2]]
     pictures = page.settle(('left', 'right'), wanted, None, 'the panel at its start')
 
@@ -192,7 +196,9 @@ def test_every_control_of_the_panels_in_jupyterlab(driver, lab):
         changed = [k for k in twins if getattr(setting(), k) != getattr(before, k)]
         assert changed == [name], f'{name} moved, and {changed} changed'
         pictures = page.settle(('left', 'right'), wanted, pictures, name)
-        assert 'nats' in page.text() and ' ms' in page.text() and 'Nothing to show' not in page.text()
+        wait_for(lambda: ' ms' in page.text(), 10, 'the text below the pictures')
+        assert 'nats' in page.text() and 'Nothing to show' not in page.text() and not page.pale('left')
+        assert titles() == explore.titles_of(setting(), len(ours.flow(setting().model).blocks))
 
     # what cannot be becomes a sentence, and the panel lives on
     page.choose('kind', 'star (product of Gaussians)')
@@ -212,6 +218,23 @@ def test_every_control_of_the_panels_in_jupyterlab(driver, lab):
     pictures = page.settle(('left', 'right'), wanted, pictures, 'w = 10')
     assert 'broken' in page.text() and 'drawn grey' in page.text()
 
+    # what was chosen is not lost where a model cannot show it, and a button undoes all
+    page.choose('label', '7')
+    pictures = page.settle(('left', 'right'), wanted, pictures, 'class 7')
+    for model in ('digits, sigma 0.1, no classes', 'digits, sigma 0.2'):
+        page.choose('model', model)
+        wait_for(lambda: page.find('.flowbook-label select').is_enabled() == ('no' not in model), 30, f'the menu of classes of {model}')
+    assert setting().label == 7
+    page.find('.flowbook-reset').click()
+    wait_for(lambda: setting() == replace(explore.START, block=8), 30, 'the start')
+    pictures = page.settle(('left', 'right'), wanted, pictures, 'reset')
+    page.choose('model', 'mnist5k, sigma 0.2, 256 tokens')           # too slow to be seen at once
+    pictures = page.settle(('left', 'right'), wanted, pictures, 'many tokens')
+    page.press('seed', slider, right)
+    wait_for(lambda: 'Drawing' in page.text() and page.pale('left'), 10, 'a word while it draws', every=.01)
+    pictures = page.settle(('left', 'right'), wanted, pictures, 'many tokens, another seed')
+    wait_for(lambda: not page.pale('left') and 'nats' in page.text(), 10, 'the end of drawing')
+
     def densities(): return [array(png) for png in explore.density_png(page.stands('sigma', None))]
     pictures = page.settle(('one', 'two'), densities, None, 'the density at its start')
     for key, end in ((right, None), (Keys.HOME, .02), (Keys.END, 1.)):
@@ -221,14 +244,14 @@ def test_every_control_of_the_panels_in_jupyterlab(driver, lab):
         assert 'Nothing to show' not in page.text('density-text')
 
     # the solvers: each picture is what the plain function gives, and so are the passes but for rounding ('auto' may choose otherwise in another process)
-    fields = explore.solver_controls(ours, explore.Contest('digits, sigma 0.1, 64 tokens'))
+    fields = explore.solver_controls(ours, explore.SOLVER_START)
     def at(): return explore.Contest(**{k: page.stands(f'solver-{k}', w) for k, w in fields.items()})
     def passes(): return [int(cells[1]) for row in page.text('solver-text').split('\n') if (cells := row.split())[:1] and cells[0] in explore.SOLVERS[:3]]
     memory = {}                                                      # compared again and again while the page catches up
     def plain():
         if at() not in memory: memory[at()] = explore.contest(ours, at())
         return memory[at()]
-    def solved(): return [array(explore.to_png(r.images, 160)) for r in plain()]
+    def solved(): return [array(explore.to_png(r.images, explore.SIDE)) for r in plain()]
     names = [f'solver-{k}' for k in explore.SOLVERS]
     pictures = page.settle(names, solved, None, 'the solvers at their start')
     moves = [('seed', slider, right), ('n', menu, '1'), ('kind', menu, 'class'), ('w', slider, right), ('model', menu, 'digits, sigma 0.1'), ('tol', menu, '1e-03')]
@@ -239,13 +262,20 @@ def test_every_control_of_the_panels_in_jupyterlab(driver, lab):
         else: page.press(f'solver-{name}', part, key)
         wait_for(lambda: at() != before, 10, f'{name} of the solvers: the control itself')
         assert [k for k in fields if getattr(at(), k) != getattr(before, k)] == [name]
-        wait_for(lambda: page.text('solver-text') != said, 30, f'{name} of the solvers: the text')
+        wait_for(lambda: page.text('solver-text') != said and 'Compared' in page.text('solver-text'), 60, f'{name} of the solvers: the text')
         pictures = page.settle(names, solved, None if name == 'tol' else pictures, f'{name} of the solvers')   # a looser tolerance shows in the passes only
         assert all(abs(a - r.passes) <= 3 for a, r in zip(passes(), plain())) and len(passes()) == 3 and 'Nothing' not in page.text('solver-text')
     page.choose('solver-model', 'digits, sigma 0.1, no classes')
     wait_for(lambda: 'needs classes' in page.text('solver-text'), 30, 'a sentence about a flow without classes')
     page.choose('solver-kind', 'none')
     page.settle(names, solved, None, 'the solvers again')
+
+    # many moves at once: what is not ready is pale, and the last one wins without the comparisons between
+    for name, value in (('model', 'mnist5k, sigma 0.2, 256 tokens'), ('n', '16'), ('kind', 'class')): page.choose(f'solver-{name}', value)
+    wait_for(lambda: 'Comparing' in page.text('solver-text') and page.pale('solver-jacobi'), 30, 'a word while it compares', every=.02)
+    page.choose('solver-n', '1'); page.choose('solver-kind', 'none'); page.choose('solver-model', 'digits, sigma 0.05')
+    page.settle(names, solved, None, 'the solvers after many moves')
+    wait_for(lambda: 'Compared' in page.text('solver-text') and not any(map(page.pale, names)), 30, 'the end of the comparison')
 
     assert not page.errors() and script(STATUS) == 'idle'
     if folder := os.environ.get('FLOWBOOK_SCREENSHOT'):               # for people who want to look
