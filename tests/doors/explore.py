@@ -45,6 +45,13 @@ DOORS = [
     door('compare_solvers', lambda tmp: dict(flow=flow(), n=1, guidance=None, tol=1e-3, seed=0, solvers=('sequential',)), flow=[None, 'a flow', 3, torch.nn.Linear(1, 1)], n=whole(1, 1024), guidance=['class', 1., {}],
          tol=number(0), seed=whole(0), solvers=[None, 3, 'sequential', [], {}]),
     door('compare_solvers', lambda tmp: dict(flow=flow(), n=1, solvers=('sequential',)), solvers=[('newton',), (0,), (None,), ([1, 1, 1],)])._replace(says={'solvers': 'solver'}),
+    door('solving', lambda tmp: dict(flow=flow(), n=1, guidance=None, tol=1e-3, seed=0, solvers=('sequential',)), flow=[None, 'a flow', 3, torch.nn.Linear(1, 1)], n=whole(1, 1024), guidance=['class', 1., {}], tol=number(0),
+         seed=whole(0), solvers=[None, 3, 'sequential', [], {}]),
+    door('as_code', lambda tmp: dict(s=Setting('model')), s=[None, 'model', 3, {}, Contest('model')]),
+    door('titles_of', lambda tmp: dict(s=Setting('model'), T=3), s=[None, 'model', 3, {}], T=whole()),
+    door('crossed', lambda tmp: dict(x=torch.zeros(2, 1, 4, 4)), x=[*tensor(), torch.zeros(4, 4)]),
+    door('nothing', lambda tmp: dict(side=40), side=whole(1, 10_000)),
+    door('density_text', lambda tmp: dict(sigma=.3), sigma=number(0, above=True)),
     door('path_log_prob', lambda tmp: dict(flow=flow(), x=torch.zeros(2, 1, 4, 4), t=1, y=torch.zeros(2, dtype=torch.long)), flow=[None, 'a flow', 3, torch.nn.Linear(1, 1)], x=[*tensor(), integers('x'), off('x', 1), off('x', 2), off('x', 3)],
          t=whole(0, 2), y=[torch.full((2,), 3), torch.zeros(3, dtype=torch.long)]),
     door('to_png', lambda tmp: dict(x=torch.zeros(2, 1, 4, 4), side=40), x=[*tensor(), integers('x'), torch.zeros(2, 2, 4, 4), torch.zeros(0, 1, 4, 4), torch.zeros(4, 4)], side=whole(1, 10_000)),
@@ -54,8 +61,8 @@ DOORS = [
     door('density_panel', lambda tmp: dict(sigma=.2), sigma=[*number(0, above=True), .21, []]),
 ]
 INNER = {
-    'never raise: they turn any mistake into a sentence for the reader, which test_explore.py shows for each of them': 'redraw density_redraw solver_redraw',
-    'parts of a panel: called with what the panel has checked': 'render sentence classes_of make_controls adapt setting_of quickest solver_table solver_controls',
-    'takes no arguments': 'book_flows',
+    'never raise: they turn any mistake into a sentence for the reader, which test_explore.py shows for each of them': 'redraw density_redraw solver_redraw solver_frames',
+    'parts of a panel: called with what the panel has checked': 'render plain sentence classes_of make_controls adapt setting_of age framed side_by_side drawer label_density once quickest solver_table solver_controls',
+    'takes no arguments': 'book_flows latest',
     'records': 'Picture Solved',
 }
