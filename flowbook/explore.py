@@ -29,7 +29,7 @@ from .tarflow import TarFlow
 # %% ../nbs/17_explore.ipynb #fad85310
 # Axis legend of this module: b batch, n samples of a picture, d numbers in a token, c h w image, t block (counted from 1), T blocks.
 
-# %% ../nbs/17_explore.ipynb #cddb30c1
+# %% ../nbs/17_explore.ipynb #d53673b6
 KINDS = ('none', 'class', 'temperature', 'star')
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ START = Setting('mnist5k, sigma 0.2', kind='class')
 
 def as_code(s:Setting) -> str:
     "The setting as a line of code: what differs from the defaults."
+    if not isinstance(s, Setting): raise ValueError(f's: {type(s).__name__} came, must be a Setting')
     changed = [f'{f.name}={v!r}' for f in fields(s)[1:] if (v := getattr(s, f.name)) != f.default]
     return f"Setting({', '.join([repr(s.model), *changed])})"
 
@@ -175,7 +176,7 @@ class Paths(Flows):
             if told: told(len(path) - 1, T)
         return [unpatchify(x, flow.patch_size, flow.image_shape) for x in path]
 
-# %% ../nbs/17_explore.ipynb #8088db90
+# %% ../nbs/17_explore.ipynb #81c9af2c
 @dataclass(frozen=True)
 class Picture:
     "What a setting looks like; broken samples hold NaN."
@@ -201,14 +202,17 @@ def _grey(x:Tensor, broken:Tensor) -> Tensor: # (n, c, h, w), (n,) bool
 
 BROKEN = 'broken (overflow, or far outside of [-1, 1]), drawn grey with a cross and left out of the numbers'
 
+# %% ../nbs/17_explore.ipynb #2b9b3def
 def _some(left:Tensor, right:Tensor) -> str: # (n,) bool
     "A sentence about broken samples in two pictures, '' if there are none."
     a, b, n = int(left.sum()), int(right.sum()), len(left)
     return f'Left {a} of {n} samples, right {b} of {n}: {BROKEN}.' if a or b else ''
 
-# %% ../nbs/17_explore.ipynb #d999bbf9
+# %% ../nbs/17_explore.ipynb #c5e9c9ef
 def titles_of(s:Setting, T:int) -> tuple: # (left, right)
     "What the two pictures of a setting show, for a flow of T blocks."
+    if not isinstance(s, Setting): raise ValueError(f's: {type(s).__name__} came, must be a Setting')
+    check_whole('T', T)
     part = s.block is not None and s.block < T
     left = 'raw sample' if not part else 'latents z' if s.block == 0 else f'after {s.block} of {T} blocks'
     steps = ' and '.join(['a score step'] * bool(s.gamma) + ['denoising'] * s.denoise)
@@ -231,6 +235,7 @@ def _words(s:Setting, flow:TarFlow, sigma, y, broken_left, broken_right) -> str:
         'This flow has no classes.' if not flow.classes else '',
         'The noise sigma of this flow is not known, so it is not denoised.' if sigma is None else '']))
 
+# %% ../nbs/17_explore.ipynb #47db9fd3
 def classes_of(flow:TarFlow) -> list:
     "(name, label) of what the class menu offers."
     names = flow.card.get('class_names')
@@ -257,7 +262,7 @@ class Explorer(Paths):
         ms = 1e3 * (time.perf_counter() - start)
         return Picture(_grey(x, lost), _grey(end, ruined), left, right, ms, _words(s, flow, sigma, y, lost, ruined))
 
-# %% ../nbs/17_explore.ipynb #75ae1f5e
+# %% ../nbs/17_explore.ipynb #462ce2d0
 def to_png(x:Tensor,                 # (n, c, h, w) in [-1, 1]
            side:int=240) -> bytes:   # about so many screen pixels wide
     "A square grid of images as a PNG, each pixel enlarged by a whole factor; broken ones with a cross."
@@ -281,12 +286,13 @@ def render(p:Picture) -> tuple:      # (PNG, PNG, HTML)
     text = f'log p, mean: left <b>{nats(p.nats_left)}</b>, right <b>{nats(p.nats_right)}</b>.'
     return to_png(p.left), to_png(p.right), text + (f'<br>{html.escape(p.note)}' if p.note else '')
 
+# %% ../nbs/17_explore.ipynb #77e66860
 def plain(text:str) -> str:
     "A text of the panel without its HTML."
     return html.unescape(re.sub('<[^>]*>', '', text.replace('<br>', '\n')))
 
-# %% ../nbs/17_explore.ipynb #8acb44d6
-CONTROLS = {'model': 'model', 'label': 'class', 'kind': 'guidance', 'w': 'weight w', 'tau': 'temperature', 'schedule': 'schedule of w',
+# %% ../nbs/17_explore.ipynb #da458bd7
+CONTROLS = {'model': 'model', 'label': 'class', 'kind': 'guidance', 'w': 'weight w', 'tau': 'temperature', 'schedule': 'schedule',
             'gamma': 'score step', 'denoise': 'denoise', 'seed': 'seed', 'block': 'blocks inverted', 'n': 'samples', 'tol': 'tolerance'}
 
 def sentence(e:Exception) -> str:
@@ -303,11 +309,13 @@ def redraw(explorer:Explorer, s:Setting, told=None) -> tuple: # (PNG, PNG, HTML)
     code = f'<code>{html.escape(as_code(s), quote=False)}</code>'
     return left, right, f'{text}<br>Drawn in {1e3 * (time.perf_counter() - start):.0f} ms: {code}'
 
-# %% ../nbs/17_explore.ipynb #d628b83f
+# %% ../nbs/17_explore.ipynb #b5455131
 def _look(k, tip):
     "What every control has: its name, and a width that gives way."
-    return dict(description=CONTROLS[k], tooltip=tip, style={'description_width': '130px'}, layout={'width': 'auto', 'min_width': '0'})
+    layout = {'flex': '1 1 240px', 'width': 'auto', 'min_width': '0'}
+    return dict(description=CONTROLS[k], tooltip=tip, style={'description_width': '115px'}, layout=layout)
 
+# %% ../nbs/17_explore.ipynb #42fd9f74
 def make_controls(explorer:Explorer, s:Setting) -> dict: # field of `Setting` -> widget
     "One control a field, standing at the setting `s`."
     import ipywidgets as W
@@ -351,7 +359,7 @@ def setting_of(controls:dict) -> Setting:
     if values['block'] == controls['block'].max: values['block'] = None
     return Setting(**{**values, 'denoise': values['denoise'] and not controls['denoise'].disabled})
 
-# %% ../nbs/17_explore.ipynb #63df8a6b
+# %% ../nbs/17_explore.ipynb #627ee360
 PALE = '<style>.flowbook-old {opacity: .3}</style>'
 
 def age(images, old:bool) -> None:
@@ -366,11 +374,12 @@ def framed(title, image, width:int, height:int):
 def side_by_side(controls, frames, text): # lists of widgets, and one
     "Controls left, what they show right; on a narrow page what they show comes first."
     import ipywidgets as W
-    left = W.VBox(controls, layout={'flex': '1 1 270px', 'max_width': '330px', 'min_width': '0'})
+    left = W.HBox(controls, layout={'flex': '1 1 270px', 'min_width': '0', 'flex_flow': 'row wrap', 'align_content': 'flex-start'})
     pictures, style = W.HBox(frames, layout={'flex_flow': 'row wrap'}), W.HTML(PALE, layout={'display': 'none'})
-    right = W.VBox([pictures, text, style], layout={'flex': '3 1 300px', 'min_width': '0'})
+    right = W.VBox([pictures, text, style], layout={'flex': '4 1 430px', 'min_width': '0'})
     return W.HBox([left, right], layout={'flex_flow': 'row wrap-reverse', 'align_items': 'flex-end'})
 
+# %% ../nbs/17_explore.ipynb #e3ece44d
 def _opened(flows, start, n, sigma):
     "The explorer and the first setting of a panel."
     if isinstance(flows, (str, os.PathLike)): flows = TarFlow.from_pretrained(flows)
@@ -382,7 +391,7 @@ def _opened(flows, start, n, sigma):
     explorer.check(start)
     return explorer, start
 
-# %% ../nbs/17_explore.ipynb #4ad02665
+# %% ../nbs/17_explore.ipynb #97e89407
 def panel(flows=None,                # a TarFlow, its folder, a dict of flows, or an Explorer; None: those of the book
           start:Setting=None,        # where the controls stand at first
           n:int=16, sigma:float=None): # as `Explorer` takes them
@@ -391,7 +400,7 @@ def panel(flows=None,                # a TarFlow, its folder, a dict of flows, o
     explorer, start = _opened(flows, start, n, sigma)
     controls, images, titles, text = make_controls(explorer, start), (W.Image(), W.Image()), (W.HTML(), W.HTML()), W.HTML()
     reset = W.Button(description='reset', tooltip='all controls to where they stood at first', layout={'width': '100px'})
-    reset.layout.margin = '2px 0 0 140px'
+    reset.layout.margin = '2px 0 0 125px'
     wanted, draw = {'label': start.label, 'block': start.block}, drawer(explorer, controls, images, titles, text)
     busy = []                        # controls that are moved from here call nobody
 
@@ -418,7 +427,7 @@ def panel(flows=None,                # a TarFlow, its folder, a dict of flows, o
     changed()
     return _assembled(explorer, controls, images, titles, text, reset)
 
-# %% ../nbs/17_explore.ipynb #28c4b0a3
+# %% ../nbs/17_explore.ipynb #76f29c55
 def drawer(explorer, controls, images, titles, text): # -> a function without arguments
     "Draws what the controls say into the widgets of a panel, and says how far it is."
     quick = {}                       # model -> was its last picture drawn at once?
@@ -433,20 +442,22 @@ def drawer(explorer, controls, images, titles, text): # -> a function without ar
         left, right, words = redraw(explorer, s, told)
         quick[s.model] = time.perf_counter() - began < .3
         images[0].value, images[1].value, text.value = left, right, words
+        if left == nothing(): titles[0].value = titles[1].value = ''
         age(images, False)
     return draw
 
+# %% ../nbs/17_explore.ipynb #a76bcd10
 def _assembled(explorer, controls, images, titles, text, reset):
     "The box of a panel."
     named = {'left': images[0], 'right': images[1], 'left-title': titles[0], 'right-title': titles[1], 'text': text, 'reset': reset}
     for k, w in named.items(): w.add_class(f'flowbook-{k}')
-    text.layout.min_height = '130px'
-    frames = [framed(title, image, 272, 300) for title, image in zip(titles, images)]
+    text.layout.min_height = '115px'
+    frames = [framed(title, image, 272, 285) for title, image in zip(titles, images)]
     box = side_by_side([*controls.values(), reset], frames, text)
     box.controls, box.images, box.titles, box.text, box.reset, box.explorer = controls, images, titles, text, reset, explorer
     return box
 
-# %% ../nbs/17_explore.ipynb #6715821d
+# %% ../nbs/17_explore.ipynb #b21cbf67
 SIGMAS = (.02, .03, .05, .07, .1, .15, .2, .3, .5, .7, 1.)
 POINTS = (-.7, -.2, .6)              # as `show_density_1d` has them
 DRAWN = {}                           # sigma -> its two PNGs
@@ -457,6 +468,7 @@ def label_density(ax, sigma:float):
     ax.plot(*spiral().T.numpy(), 'k.', ms=2)
     ax.set(xlabel='x1', ylabel='x2', xticks=[-1, 0, 1], yticks=[-1, 0, 1], title=f'sigma {sigma:.3g}: equal z1 solid, z2 dashed')
 
+# %% ../nbs/17_explore.ipynb #35dbe57b
 def density_png(sigma:float) -> tuple: # (PNG, PNG)
     "The one- and two-dimensional figures of chapter 06, as PNG; the same whatever style the caller has set."
     import io
@@ -475,9 +487,10 @@ def density_png(sigma:float) -> tuple: # (PNG, PNG)
             DRAWN[sigma] = png(one), png(two)
     return DRAWN[sigma]
 
-# %% ../nbs/17_explore.ipynb #6c93d9b4
+# %% ../nbs/17_explore.ipynb #a9ef039b
 def density_text(sigma:float) -> str:
     "What the figures say, in a sentence."
+    check_number('sigma', sigma, 0, above=True)
     x = torch.linspace(min(POINTS), max(POINTS), 20001, dtype=torch.float64)[:, None]
     with torch.no_grad(): slope = (-PointsFlow(torch.tensor(POINTS, dtype=torch.float64)[:, None], sigma)(x)[1]).max().exp().item()
     error = 1e-3 * slope             # to first order; a jump goes no farther than the next point
@@ -492,6 +505,7 @@ def density_redraw(sigma:float) -> tuple: # (PNG, PNG, HTML)
     key = 'Left figure: its vertical axis grows with the peak. Right figure: dots are the data, lines a straight grid of z.'
     return one, two, f'{text}<br>{key}<br>Drawn in {1e3 * (time.perf_counter() - start):.0f} ms.'
 
+# %% ../nbs/17_explore.ipynb #6912ab00
 def density_panel(sigma:float=.2):   # where the slider stands at first, one of SIGMAS
     "A slider of sigma over a density and its flow; `controls`, `images` and `text` are its attributes."
     import ipywidgets as W
@@ -513,7 +527,7 @@ def density_panel(sigma:float=.2):   # where the slider stands at first, one of 
     box.controls, box.images, box.text = {'sigma': slider}, (one, two), text
     return box
 
-# %% ../nbs/17_explore.ipynb #90ecb9a7
+# %% ../nbs/17_explore.ipynb #3af4dbc7
 SOLVERS = ('sequential', 'gauss-seidel', 'jacobi', 'auto')
 TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 SIDE = 140                           # pixels of a picture
@@ -540,13 +554,14 @@ def once(flow, z, y, guidance, windows, tol): # yields None after every block, r
         stages.append(stage)
         yield
 
+# %% ../nbs/17_explore.ipynb #1f33af9e
 def quickest(run, patience:float=.1): # run() gives a generator like `once`; yields and returns as it does
     "The best of three runs after one to warm up; one that takes longer than `patience` seconds is not repeated."
     first, stages = yield from run()
     if first >= patience: return first, stages
     return min([(yield from run()), (yield from run()), (yield from run())], key=lambda r: r[0])
 
-# %% ../nbs/17_explore.ipynb #dc78b9f0
+# %% ../nbs/17_explore.ipynb #09b2ee86
 def solving(flow:TarFlow, n:int=4,   # as `compare_solvers` takes them
             guidance=None, tol:float=1e-5, seed:int=0, solvers=SOLVERS): # yields None after every block, `Solved` after every solver
     "The same latents, inverted by each solver, in small steps."
@@ -572,13 +587,14 @@ def solving(flow:TarFlow, n:int=4,   # as `compare_solvers` takes them
             yield Solved(solver, _grey(x, broken(x)), tuple(windows), sum(s.passes for s in stages), 1e3 * seconds, away)
     return stream()
 
+# %% ../nbs/17_explore.ipynb #caba6e45
 def compare_solvers(flow:TarFlow, n:int=4, # samples, of all classes in turn
                     guidance=None, tol:float=1e-5, seed:int=0, # as `trajectory` takes them; of the latents
                     solvers=SOLVERS) -> list: # of `Solved`
     "The same latents, inverted by each solver."
     return [r for r in solving(flow, n, guidance, tol, seed, solvers) if r]
 
-# %% ../nbs/17_explore.ipynb #3beb2428
+# %% ../nbs/17_explore.ipynb #8d03e83b
 @dataclass(frozen=True)
 class Contest:
     "All that a comparison of solvers depends on."
@@ -603,6 +619,7 @@ def contest(flows:Flows, s:Contest) -> list: # of `Solved`
     "`compare_solvers` at a setting of the panel."
     return [r for r in _contest(flows, s) if r]
 
+# %% ../nbs/17_explore.ipynb #ca173963
 def solver_table(found:list) -> str: # HTML
     "The numbers of `compare_solvers`, and what else there is to say."
     row = lambda cells, tag='td': '<tr>' + ''.join(f'<{tag} style="text-align:right;padding:0 8px">{c}</{tag}>' for c in cells) + '</tr>'
@@ -615,7 +632,7 @@ def solver_table(found:list) -> str: # HTML
         "'auto' found one token at a time quickest in every block: the sequential solver." if same else '',
         f'{lost} of {len(found[0].images)} samples of the sequential solver: {BROKEN}.' if lost else '']))
 
-# %% ../nbs/17_explore.ipynb #25d461f9
+# %% ../nbs/17_explore.ipynb #a4bf7843
 def solver_frames(flows:Flows, s:Contest): # yields (a PNG or None for each of SOLVERS, HTML), None: not ready
     "What the panel shows until the comparison is done, in small steps; never an exception."
     start, pngs, table = time.perf_counter(), [None] * len(SOLVERS), ''
@@ -634,6 +651,7 @@ def solver_redraw(flows:Flows, s:Contest) -> tuple: # (a PNG for each of SOLVERS
     *_, last = solver_frames(flows, s)
     return last
 
+# %% ../nbs/17_explore.ipynb #c92098f0
 def latest():                        # -> a function of a generator
     "Runs the newest generator only: one that comes ends the one before. Without an event loop: at once, to its end."
     running = []
@@ -647,7 +665,7 @@ def latest():                        # -> a function of a generator
             for _ in generator: pass
     return run
 
-# %% ../nbs/17_explore.ipynb #be2a9e6d
+# %% ../nbs/17_explore.ipynb #8adf4dc6
 def solver_controls(flows:Flows, s:Contest) -> dict: # field of `Contest` -> widget
     "One control a field, standing at the setting `s`."
     import ipywidgets as W
@@ -663,6 +681,7 @@ def solver_controls(flows:Flows, s:Contest) -> dict: # field of `Contest` -> wid
     for k, w in controls.items(): w.add_class(f'flowbook-solver-{k}')
     return controls
 
+# %% ../nbs/17_explore.ipynb #af44d9dc
 def solver_panel(flows=None,         # a TarFlow, a dict of them, or a Flows; None: those of the book
                  start:Contest=None): # where the controls stand at first
     "Four solvers side by side, an ipywidgets box; `controls`, `images`, `text` and `flows` are its attributes."

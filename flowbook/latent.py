@@ -9,14 +9,15 @@ __all__ = ['VAES', 'DIGITS_VAE', 'MEMORY', 'LATENT', 'LATENTS', 'Vae', 'check_va
            'turned', 'RopeAttention', 'swiglu_width', 'SwiGLU', 'RopeLayer', 'LatentTarFlow', 'FastRopeLayer',
            'LatentFlow', 'train_latent', 'with_latent_card', 'train_latent_flow', 'judge_latent', 'latent_two_step']
 
-# %% ../nbs/12_latent.ipynb #a8905fb4
+# %% ../nbs/12_latent.ipynb #f974ab9b
 import errno, functools, hashlib, json, math, tempfile
 from pathlib import Path
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from .classify import check_data
-from .data import ImageSet, _indices, batches, check_choice, check_device, check_folder, check_number, check_tensor, check_whole, keyed, load, read_json, replace_bytes
+from .data import ImageSet, _indices, batches, check_choice, check_device, check_folder, check_number, check_tensor, check_whole
+from .data import keyed, load, read_json, replace_bytes
 from .denoise import denoise as remove_noise
 from .evidence import EXPERIMENTS, Verdict, all_of, experiment, lower
 from .flows import find_pretrained, model_card, weights_folder
@@ -37,7 +38,7 @@ VAES = {'sd-vae-ft-ema': 'stabilityai/sd-vae-ft-ema',    # R-REPA §5: f 8, 4 ch
 DIGITS_VAE = 'digits-vae'                                # the book's own, in `flowbook/weights`
 MEMORY = ('whole', 'slices', 'tiles')                    # what is decoded at once
 
-# %% ../nbs/12_latent.ipynb #7ee5fb88
+# %% ../nbs/12_latent.ipynb #8570dc85
 class Vae(nn.Module):
     "A frozen autoencoder of diffusers: images in [-1, 1] -> scaled latents, and back. R-REPA §4.3."
     def __init__(self, model:nn.Module,   # an AutoencoderKL, which is frozen here
@@ -49,14 +50,16 @@ class Vae(nn.Module):
             raise ValueError(f'model: {type(model).__name__} came; give an AutoencoderKL of diffusers, or call `load_vae`')
         self.model, self.name, c = model.eval().requires_grad_(False), name, model.config
         self.factor, self.channels, self.image_channels = 2 ** (len(c.block_out_channels) - 1), c.latent_channels, c.in_channels
-        self.scale, self.shift = check_number('model, its scaling_factor', c.scaling_factor, 0,
-                                              above=True), check_number('model, its shift_factor', getattr(c, 'shift_factor', None) or 0.)
+        self.scale = check_number('model, its scaling_factor', c.scaling_factor, 0, above=True)
+        self.shift = check_number('model, its shift_factor', getattr(c, 'shift_factor', None) or 0.)
         self.card, self._identity = {}, None
         if memory != 'whole': model.enable_slicing()
         if memory == 'tiles': model.enable_tiling()
         self.eval()
 
-    def train(self, mode:bool=True): return super().train(False)                # frozen, whatever it is part of
+    def train(self, mode:bool=True):
+        "Stays in eval mode, whatever it is part of."
+        return super().train(False)
 
     @property
     def identity(self) -> str:
@@ -75,8 +78,8 @@ class Vae(nn.Module):
     @torch.no_grad()
     def moments(self, x:Tensor) -> Tensor: # (b, channels, H, W) in [-1, 1], clean -> (b, 2, c, h, w)
         "Mean and standard deviation of the posterior, both scaled."
-        if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point() or x.shape[1] not in {1,
-                self.image_channels} or 0 in x.shape[2:]:
+        fits = isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point()
+        if not fits or x.shape[1] not in {1, self.image_channels} or 0 in x.shape[2:]:
             raise ValueError(f'x: {getattr(x, "dtype", type(x).__name__)} of shape {tuple(getattr(x, "shape", ()))} came; '
                              f'{self.name} takes floating point images (b, {self.image_channels}, H, W) in [-1, 1]')
         self.latent_shape(x.shape)
@@ -92,7 +95,8 @@ class Vae(nn.Module):
     @torch.no_grad()
     def decode(self, z:Tensor) -> Tensor: # (b, c, h, w), scaled -> (b, channels, H, W), about in [-1, 1]
         "The scale is divided out, then the decoder runs."
-        if not isinstance(z, Tensor) or z.dim() != 4 or not z.is_floating_point() or z.shape[1] != self.channels or 0 in z.shape[2:]:
+        fits = isinstance(z, Tensor) and z.dim() == 4 and z.is_floating_point()
+        if not fits or z.shape[1] != self.channels or 0 in z.shape[2:]:
             raise ValueError(f'z: {getattr(z, "dtype", type(z).__name__)} of shape {tuple(getattr(z, "shape", ()))} came; {self.name} '
                              f'takes latents (b, {self.channels}, h, w)')
         if not len(z): return z.new_empty(0, self.image_channels, z.shape[2] * self.factor, z.shape[3] * self.factor)
@@ -118,7 +122,8 @@ class Vae(nn.Module):
                                                      sum(p.numel() for p in self.parameters())).encode())
 
     def __repr__(self):
-        return f'{self.name}: factor {self.factor}, {self.channels} channels, scale {self.scale:.5g}, {sum(p.numel() for p in self.parameters()):,} parameters'
+        numbers = sum(p.numel() for p in self.parameters())
+        return f'{self.name}: factor {self.factor}, {self.channels} channels, scale {self.scale:.5g}, {numbers:,} parameters'
 
 # %% ../nbs/12_latent.ipynb #20bf9102
 def check_vae(vae) -> Vae:
@@ -210,7 +215,7 @@ def train_digits_vae(seed:int=0, steps:int=1200, widths=(16, 32), beta:float=3e-
     vae.card = {'data': 'digits', 'seed': seed, 'steps': steps, 'beta': beta, **judged(vae)}
     return vae
 
-# %% ../nbs/12_latent.ipynb #3277ae4c
+# %% ../nbs/12_latent.ipynb #f7516b6a
 def judged(vae:Vae) -> dict:
     "What a VAE keeps of the test digits, and the statistics of its latents."
     check_vae(vae)
@@ -218,9 +223,8 @@ def judged(vae:Vae) -> dict:
     m = vae.moments(x)                                                          # (b, 2, c, h, w)
     z = posterior(m, torch.randn(m[:, 0].shape, generator=torch.Generator().manual_seed(0)))
     psnr = lambda z: round(float(reconstruction(x, vae.decode(z), ('psnr',))['psnr']), 2)
-    return {'psnr': psnr(m[:, 0]), 'psnr_sampled': psnr(z), 'psnr_noise_0.2': psnr(z
-                                                                                   + .2 * torch.randn(z.shape,
-                                                                                           generator=torch.Generator().manual_seed(1))),
+    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(1))
+    return {'psnr': psnr(m[:, 0]), 'psnr_sampled': psnr(z), 'psnr_noise_0.2': psnr(z + .2 * noise),
             'latent_std': round(z.std().item(), 4), 'channel_means': [round(v, 3) for v in z.mean((0, 2, 3)).tolist()],
             'channel_stds': [round(v, 3) for v in z.std((0, 2, 3)).tolist()], 'posterior_std': round(m[:, 1].mean().item(), 4),
             'largest': round(z.abs().max().item(), 2)}
@@ -308,7 +312,7 @@ def read_plan(folder) -> dict:
                          'again') from None
     return plan
 
-# %% ../nbs/12_latent.ipynb #c4b34e70
+# %% ../nbs/12_latent.ipynb #397f8aba
 class CachedLatents(ImageSet):
     "Latents that `cache_latents` wrote, as a dataset: x (b, flips, 2, c, h, w), for `Pick`. Files are mapped, not read."
     def __init__(self, folder, vae:Vae=None): # whose latents they must be; None: whoever's
@@ -325,9 +329,12 @@ class CachedLatents(ImageSet):
         labels = torch.cat([self.shard(s)['labels'] for s in range(count)])
         super().__init__(labels, p['classes'], p['shape'], None, f"latents of {p['data']}")
 
-    def path(self, s): return self.folder/f'{s:05d}.safetensors'
+    def path(self, s) -> Path:
+        "The file of shard s."
+        return self.folder/f'{s:05d}.safetensors'
 
     def shard(self, s:int) -> dict:
+        "Moments and labels of shard s, mapped once and checked; ValueError names a damaged file."
         from safetensors import safe_open
         if s not in self.open:
             try:
@@ -345,12 +352,14 @@ class CachedLatents(ImageSet):
         return self.open[s]
 
     def batch(self, index) -> tuple: # x (b, flips, 2, c, h, w), y (b,)
+        "Moments and labels of these samples."
         index, size = _indices(index, len(self)), self.plan['shard']
         if not len(index): return torch.empty(0, self.plan['flips'], 2, *self.shape), self.labels[index]
         return torch.stack([self.shard(i // size)['moments'][i % size] for i in index.tolist()]).float(), self.labels[index]
 
     def __repr__(self):
-        return f"{self.name}: {len(self):,} latents {self.shape} of {self.plan['vae_name']}, {'with' if self.plan['flips'] == 2 else 'without'} mirror images"
+        mirrored = 'with' if self.plan['flips'] == 2 else 'without'
+        return f"{self.name}: {len(self):,} latents {self.shape} of {self.plan['vae_name']}, {mirrored} mirror images"
 
 # %% ../nbs/12_latent.ipynb #43db802e
 def places(h:int, w:int,   # of the grid of tokens
@@ -399,7 +408,7 @@ def turned(x, cos, sin) -> Tensor: # (..., m, e), (m, e/2) twice -> (..., m, e)
     a, b = x.to(cos.dtype).chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
 
-# %% ../nbs/12_latent.ipynb #0f32bf9f
+# %% ../nbs/12_latent.ipynb #2ef330e2
 class RopeAttention(Attention):
     "Causal self-attention whose queries and keys are turned by their places. R-REPA §5; Su et al., 2021."
     def __init__(self, dim:int, head_dim:int=64, causal:bool=True,
@@ -413,12 +422,13 @@ class RopeAttention(Attention):
         self.register_buffer('places', places, persistent=False)                # whole numbers: `.to(bfloat16)` leaves them alone
 
     def heads(self, x, past):             # (b, m, dim) -> q, k, v; past.start: the reading position of the first new token
+        "Queries and keys turned by their places, and values."
         q, k, v = super().heads(x, past)
         start = 0 if past is None else past.start
         angle = angles(self.places[start:start + x.shape[1]], self.head_dim, self.theta, torch.promote_types(q.dtype, torch.float32))
         return turn(q, angle), turn(k, angle), v                                # before the cache: a key is turned once
 
-# %% ../nbs/12_latent.ipynb #0e31742a
+# %% ../nbs/12_latent.ipynb #0dbc2336
 def swiglu_width(dim:int, expand:int=4, multiple:int=8) -> int:
     "Two thirds of `expand dim`, rounded up: three matrices of this width have as many numbers as two of `expand dim`."
     check_whole('dim', dim); check_whole('expand', expand); check_whole('multiple', multiple)
@@ -433,10 +443,11 @@ class SwiGLU(nn.Module):
         self.norm, self.up, self.down = nn.LayerNorm(dim), nn.Linear(dim, 2 * hidden), nn.Linear(hidden, dim)
 
     def forward(self, x):
+        "(..., dim) -> (..., dim)."
         gate, value = self.up(self.norm(x)).chunk(2, -1)
         return self.down(F.silu(gate) * value)
 
-# %% ../nbs/12_latent.ipynb #b12eabea
+# %% ../nbs/12_latent.ipynb #606e1423
 class RopeLayer(Layer):
     "A pre-norm Transformer layer with rotary positions and a gated MLP: x + attention, then x + MLP. R-REPA §5."
     def __init__(self, dim:int, head_dim:int=64, causal:bool=True, places:Tensor=None, theta:float=100.):
@@ -453,11 +464,12 @@ class LatentTarFlow(TarFlow):
         self.config['theta'] = self.theta
 
     def make_block(self, *sizes, order):
+        "A block whose layers know the places of the tokens it reads."
         h, w = (side // self.patch_size for side in self.image_shape[1:])
         where = places(h, w, None if self.kind == 'coupling' else order)       # a coupling block reads all at once
         return super().make_block(*sizes, order=order, layer=functools.partial(RopeLayer, places=where, theta=self.theta))
 
-# %% ../nbs/12_latent.ipynb #b46cbd6e
+# %% ../nbs/12_latent.ipynb #bd39b7a8
 class FastRopeLayer(FastLayer):
     "A `RopeLayer` without modules, for the samplers of chapter 09: the sines of all places are computed once."
     def __init__(self, layer:RopeLayer, rows:int, n:int, like:Tensor, warm=None, c=None):
@@ -467,18 +479,20 @@ class FastRopeLayer(FastLayer):
         self.cos, self.sin = angle.cos(), angle.sin()
 
     def qkv(self, x, m, start):          # an int, or a tensor (1,)
+        "Turned queries and keys, and values, of m tokens from `start` on."
         q, k, v = super().qkv(x, m, start)                                       # (rows, h, m, e)
         cos, sin = (t.index_select(0, start) if isinstance(start, Tensor) else t.narrow(0, start, m) for t in (self.cos, self.sin))
         return turned(q, cos, sin), turned(k, cos, sin), v
 
     @staticmethod
     def act(x):                          # (..., 2 hidden) -> (..., hidden)
+        "The gate."
         gate, value = x.chunk(2, -1)
         return F.silu(gate) * value
 
 FAST[anatomy(RopeLayer(8, 8))] = FastRopeLayer
 
-# %% ../nbs/12_latent.ipynb #61ef8f4a
+# %% ../nbs/12_latent.ipynb #1a8abc4c
 class LatentFlow(nn.Module):
     "A flow over the noisy latents of a frozen VAE. R-REPA §4.3, Eq. 6 and 7."
     def __init__(self, flow:TarFlow,      # over latents (b, c, h, w); its card says the noise
@@ -497,6 +511,7 @@ class LatentFlow(nn.Module):
 
     @property
     def sigma(self) -> float:
+        "The noise on scaled latents, from the flow's card."
         if 'sigma' not in self.flow.card: raise ValueError("flow: its card does not say the noise; set flow.card = {'sigma': 0.2}")
         return check_number('flow, the sigma of its card', self.flow.card['sigma'], 0)
 
@@ -508,7 +523,9 @@ class LatentFlow(nn.Module):
                              f'{self.image_shape[1]}x{self.image_shape[2]}')
         return self.vae.encode(x, sample, generator)
 
-    def decode(self, z:Tensor) -> Tensor: return self.vae.decode(z)
+    def decode(self, z:Tensor) -> Tensor: # (b, c, h, w) -> (b, channels, H, W)
+        "Images of scaled latents."
+        return self.vae.decode(z)
 
     def noisy(self, z:Tensor, generator=None) -> Tensor: # (b, c, h, w)
         "Latents as the flow saw them in training: noise on the scaled latents. R-REPA Eq. 6."

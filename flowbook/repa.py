@@ -41,7 +41,7 @@ from .train import GaussianNoise, cosine, fit, keyed_normal, keyed_uniform, to_b
 # Axis legend of this module: b batch, n tokens (and patches), d numbers in a token, D width of the encoder, c h w image,
 # t block and l layer, counted from 1, T blocks. (t, l) says: the features after layer l of block t.
 
-# %% ../nbs/11_repa.ipynb #26821474
+# %% ../nbs/11_repa.ipynb #898d3183
 class Projector(nn.Module, Pretrained):
     "An MLP of three layers with SiLU from the flow's features to the encoder's. R-REPA §4.2, B.1."
     def __init__(self, dim:int,          # width of the flow's features
@@ -52,6 +52,7 @@ class Projector(nn.Module, Pretrained):
         self.net = nn.Sequential(nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, width))
 
     def forward(self, h):                                                       # (..., dim) -> (..., D)
+        "Features into the encoder's space."
         if not isinstance(h, Tensor) or not h.is_floating_point() or not h.dim() or h.shape[-1] != self.config['dim']:
             raise ValueError(f'h: {type(h).__name__} of shape {tuple(getattr(h, "shape", ()))} came, must be floating point features (..., '
                              f'{self.config["dim"]})')
@@ -66,15 +67,18 @@ def alignment_loss(p:Tensor, v:Tensor) -> Tensor: # (..., b, n, D) projected fea
     wide = torch.promote_types(p.dtype, torch.float32)                          # under bf16 the cosine needs the digits
     return -F.cosine_similarity(p.to(wide), v.to(wide), dim=-1).mean((-2, -1))
 
-# %% ../nbs/11_repa.ipynb #1ffb45aa
+# %% ../nbs/11_repa.ipynb #d02d7c64
 class Strategy:
     "How the gradient of an alignment travels: the base of `Forward`, `Detach`, `Reverse` and `ReverseSequential`."
     def __init__(self, pairs):           # aligned features: (block, layer), counted from 1; for instance [(7, 6), (8, 6)]
         self.pairs = as_pairs(pairs)
 
-    def layers(self, t:int) -> tuple: return tuple(l for s, l in self.pairs if s == t)
+    def layers(self, t:int) -> tuple:
+        "The layers of block t that are aligned."
+        return tuple(l for s, l in self.pairs if s == t)
 
     def graph(self, flow, x, y):         # (b, c, h, w), labels -> nll, {(t, l): features (b, n, dim) in image order}
+        "The likelihood's loss and the aligned features, in one graph."
         raise NotImplementedError(f'{type(self).__name__} lacks graph(flow, x, y)')
 
     def backward(self, flow:BlockFlow, x:Tensor, y, pull, likelihood:float=1.) -> tuple: # -> nll, weighted alignment loss
@@ -147,17 +151,19 @@ def nll_of(flow, traces, z, x) -> Tensor:
     "The same, from the traces of all blocks."
     return nll_per_dimension(flow, z, sum(now.logdet for now in traces), x)
 
-# %% ../nbs/11_repa.ipynb #8c1a7d4c
+# %% ../nbs/11_repa.ipynb #0e4be917
 class Forward(Strategy):
     "The ordinary graph: blocks 1..t learn. R-REPA §4.2, F-REPA."
     def graph(self, flow, x, y):
+        "The likelihood's own graph."
         traces, z = run_blocks(flow, x, y, self.layers)
         return nll_of(flow, traces, z, x), features_in(flow, traces)
 
-# %% ../nbs/11_repa.ipynb #38b07560
+# %% ../nbs/11_repa.ipynb #8c65df7b
 class ReverseSequential(Strategy):
     "The true reverse graph, token by token from the detached z: for truth and timing only. R-REPA §4.2."
     def graph(self, flow, x, y):
+        "The image generated again from the detached z, token by token."
         traces, z = run_blocks(flow, x, y)
         nll, z, feats = nll_of(flow, traces, z, x), z.detach(), {}
         for t in range(len(flow.blocks), self.pairs[0][0] - 1, -1):
@@ -221,7 +227,7 @@ def pseudo_reverse(flow:BlockFlow, traces:list, strategy, y=None) -> tuple: # of
         feats |= {(t, l): block.unread(v) for l, v in h.items()}
     return dict(sorted(feats.items())), carried
 
-# %% ../nbs/11_repa.ipynb #88cd5a15
+# %% ../nbs/11_repa.ipynb #a2290c8b
 class Reverse(Strategy):
     "The cached pseudo-reverse: block t and those after it learn. R-REPA Alg. 2; the family is this book's."
     def __init__(self, pairs,
@@ -235,10 +241,12 @@ class Reverse(Strategy):
         self.carry, self.unroll, self.rerun = carry, unroll, rerun
 
     def graph(self, flow, x, y):
+        "The likelihood's forward pass, then explicit second passes: `pseudo_reverse`."
         traces, z = run_blocks(flow, x, y)
         return nll_of(flow, traces, z, x), pseudo_reverse(flow, traces, self, y)[0]
 
     def backward(self, flow, x, y, pull, likelihood=1.):
+        "As `Strategy.backward`, without a second forward pass unless `rerun`."
         if self.rerun: return super().backward(flow, x, y, pull, likelihood)
         return shared_backward(self, flow, x, y, pull, likelihood)              # one forward pass serves both: below
 
@@ -385,7 +393,7 @@ def check_alignment(flow, strategy, encoder, lam, likelihood) -> None:
         raise ValueError(f'encoder: its patches form a grid of {tuple(encoder.grid)}, the tokens of the flow one of {grid}; make it with '
                          f'grid={grid}')
 
-# %% ../nbs/11_repa.ipynb #9e6a77ef
+# %% ../nbs/11_repa.ipynb #67e7ebfa
 def encoder_may_miss(module, keys) -> None:
     "A hook of loading: the encoder is not in a checkpoint."
     keys.missing_keys[:] = [k for k in keys.missing_keys if not k.startswith('encoder.')]
@@ -412,6 +420,7 @@ class Alignment(nn.Module):
         self.register_load_state_dict_post_hook(encoder_may_miss)
 
     def patches(self, target, b:int) -> Tensor: # what the batch brought -> (b, n, D)
+        "What features are aligned with: the encoder's view of clean images, or features that came; ValueError where they do not fit."
         if target is None:
             raise ValueError('target: none came; add KeepClean() to the transforms, after Flip and before the noise, or Lookup(features)')
         if not isinstance(target, Tensor) or not target.is_floating_point():
@@ -424,6 +433,7 @@ class Alignment(nn.Module):
         return v
 
     def forward(self, flow, x, y=None, target=None) -> dict: # leaves gradients in .grad
+        "Losses of a batch: {'loss', 'nll' (nats a dimension), 'align' (minus the mean cosine)}."
         check_pairs(self.strategy.pairs, flow); check_tensor('x', x, 'b c h w'); flow.check(x)
         if not len(x): raise ValueError('x: an empty batch came; give one sample or more (a process whose share is empty has to sit out)')
         v, seen = self.patches(target, len(x)), []
@@ -443,7 +453,7 @@ ENCODERS = {'dinov2-b': 'vit_base_patch14_dinov2.lvd142m',     # R-REPA §4.2: t
 
 DIGITS_ENCODERS = {'digits': 'digits-encoder', 'digits-labels': 'digits-encoder-labels'} # the book's own, in `flowbook/weights`
 
-# %% ../nbs/11_repa.ipynb #008abb92
+# %% ../nbs/11_repa.ipynb #664b2b15
 class Encoder(nn.Module):
     "A frozen Vision Transformer: one feature vector for each token of a flow. R-REPA §4.2: v = Phi(x)."
     def __init__(self, model:nn.Module,  # a ViT of timm, which is frozen here
@@ -465,11 +475,13 @@ class Encoder(nn.Module):
             self.register_buffer(k, torch.tensor(v).view(-1, 1, 1), persistent=False)
         self.eval()
 
-    def train(self, mode:bool=True): # stays in eval mode, whatever it is part of
+    def train(self, mode:bool=True):
+        "Stays in eval mode, whatever it is part of."
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, x:Tensor) -> Tensor: # (b, c, h, w) in [-1, 1], clean and flipped as the flow sees it -> (b, n, D) float32
+        "The frozen features of images, one vector a patch. R-REPA §4.2."
         x = self.prepare(x)                                                       # (b, channels, rows patch, columns patch)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda and torch.cuda.is_bf16_supported()):
             last, = self.model.forward_intermediates(x, indices=1, norm=True, output_fmt='NLC', intermediates_only=True)
@@ -488,7 +500,9 @@ class Encoder(nn.Module):
         if tuple(x.shape[2:]) != size: x = F.interpolate(x, size, mode='bicubic', antialias=True)
         return (((x + 1) / 2 - self.mean) / self.std).to(next(self.model.parameters()).dtype)
 
-    def extra_repr(self): return f'{self.name}: {self.grid} patches of {self.patch} pixels, width {self.width}'
+    def extra_repr(self):
+        "For people: name, grid, patch and width."
+        return f'{self.name}: {self.grid} patches of {self.patch} pixels, width {self.width}'
 
 # %% ../nbs/11_repa.ipynb #729c1fd5
 def check_grid(grid) -> tuple: # (rows, columns)
@@ -528,7 +542,7 @@ def encode(encoder, data, batch_size:int=256) -> Tensor: # (samples, n, D)
     check_data('data', data, 'batch'); check_whole('batch_size', batch_size)
     return torch.cat([encoder(data.batch(i)[0].to(encoder.mean.device)).cpu() for i in torch.arange(len(data)).split(batch_size)])
 
-# %% ../nbs/11_repa.ipynb #9b489012
+# %% ../nbs/11_repa.ipynb #145ebbc4
 class DigitsViT(nn.Module, Pretrained):
     "A small Vision Transformer of digits: 2x2 patches, no class token."
     def __init__(self, dim:int=64,       # width of a token
@@ -554,6 +568,7 @@ class DigitsViT(nn.Module, Pretrained):
         nn.init.trunc_normal_(self.vit.pos_embed, std=.5)
 
     def forward(self, x:Tensor) -> Tensor: # (b, 1, h, w) in [-1, 1] -> (b, n, dim)
+        "Tokens of images."
         check_tensor('x', x, 'b 1 h w')
         p = self.config['patch']
         if any(side % p or not side for side in x.shape[2:]):
@@ -649,7 +664,7 @@ class MeanTokenClassifier(nn.Module):
         loss.backward()
         return {'loss': loss.detach()}
 
-# %% ../nbs/11_repa.ipynb #8e124c11
+# %% ../nbs/11_repa.ipynb #b07f999b
 class Sizes(nn.Module):
     "A network that sees its batches at these sizes in turn, and so learns finer grids of patches than the image's own."
     def __init__(self, net:nn.Module, sizes=(8, 8, 8, 16)):
@@ -659,6 +674,7 @@ class Sizes(nn.Module):
             raise ValueError(f'sizes: {sizes!r} came, must be one size or more, such as (8, 8, 16)')
         self.net, self.sizes, self.calls = net, [check_whole('sizes', s) for s in sizes], 0
     def forward(self, x):
+        "The network's tokens of the batch, at the size whose turn it is."
         size, self.calls = self.sizes[self.calls % len(self.sizes)], self.calls + 1
         return self.net(x if x.shape[-1] == size else F.interpolate(x, (size, size), mode='bicubic', antialias=True))
 
@@ -756,7 +772,7 @@ def few_words(e:Exception) -> str:
     "The beginning of an error's message, on one line."
     return ' '.join(str(e).split())[:200]
 
-# %% ../nbs/11_repa.ipynb #3f611deb
+# %% ../nbs/11_repa.ipynb #4c135234
 class MissingWeights(logging.Filter):
     "Listens to timm, which only whispers the tensors that a file lacked and that stay random."
     log = logging.getLogger('timm.models._builder')
@@ -765,7 +781,8 @@ class MissingWeights(logging.Filter):
         self.log.setLevel(logging.INFO); self.log.addFilter(self)
         return self
     def __exit__(self, *_): self.log.removeFilter(self); self.log.setLevel(self.own)
-    def filter(self, record) -> bool:                      # what was not to be heard before is not heard now
+    def filter(self, record) -> bool:
+        "Remembers the missing keys; what was not to be heard before is not heard now."
         text = record.getMessage()
         if text.startswith('Missing keys'): self.keys = text[text.find('(') + 1:text.find(')')][:80]
         return record.levelno >= self.heard
