@@ -315,12 +315,13 @@ class Experiment:
     verdict: Callable|None = field(default=None, repr=False)
     clock: tuple = ()               # the names in a result whose numbers are times: no two runs have the same
 
-# %% ../nbs/03_evidence.ipynb #1545b192
+# %% ../nbs/03_evidence.ipynb #9ad48d25
 EXPERIMENTS = {}
 # the modules that register experiments
 CHAPTERS = ('evidence', 'tarflow', 'denoise', 'guidance', 'classify', 'repa', 'latent', 'simflow', 'variants', 'sit',
             'scripts.demo', 'scripts.bench')
 
+# %% ../nbs/03_evidence.ipynb #f8ef6f03
 def experiment(name:str, claims:tuple=(), title:str='',
                seeds:dict=None,     # budget -> how many seeds, for instance {'smoke': 1, 'laptop': 3}
                config:dict=None,    # budget -> configuration (what JSON can hold)

@@ -184,7 +184,7 @@ class Moments:
         if self.n < 2: raise ValueError(f'n: {self.n} images have no covariance; give 2 or more')
         return self.scatter / (self.n - 1)
 
-# %% ../nbs/05_metrics.ipynb #d32bb542
+# %% ../nbs/05_metrics.ipynb #f9a816e8
 class Extractor:
     "8-bit images -> {'pooled': (b, d)} and, where it has them, 'spatial' (b, s) and 'logits' (b, k)."
     def __init__(self, net,            # callable: uint8 (b, c, h, w) -> such a dictionary
@@ -214,6 +214,7 @@ class Extractor:
             levels = big.round().clamp(0, 255).to(torch.uint8)
         return self.net(levels)
 
+# %% ../nbs/05_metrics.ipynb #f5cd734f
 def with_channels(x:Tensor, channels:int|None) -> Tensor: # (b, c, h, w) uint8 -> (b, channels, h, w)
     "Grey becomes three equal channels, colours become their mean."
     c = check_tensor('x', x, 'b c h w', 'any').shape[1]
@@ -552,7 +553,7 @@ def load_statistics(path) -> Statistics:
         raise ValueError(f'{path}: holds no statistics of flowbook ({type(e).__name__}: {e!s:.300}); '
                          'make it with flowbook_fid_stats') from None
 
-# %% ../nbs/05_metrics.ipynb #f7accb65
+# %% ../nbs/05_metrics.ipynb #5e326dca
 METRICS = 'fid', 'sfid', 'is', 'kid', 'precision', 'recall'
 
 def _names(metrics, known):
@@ -562,6 +563,7 @@ def _names(metrics, known):
     for m in names: check_choice('metrics', m, known)
     return tuple(names)
 
+# %% ../nbs/05_metrics.ipynb #b85e829d
 def evaluate(samples, reference,     # a tensor in [-1, 1], batches, a dataset, a folder, or Statistics (reference: also their file)
              metrics=('fid', 'sfid', 'is', 'precision', 'recall'), # of METRICS
              extractor='inception',  # or 'digits', an `Extractor`, or any module

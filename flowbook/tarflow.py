@@ -93,7 +93,7 @@ class Layer(nn.Module):
         x = x + self.attn(x, tau, past)
         return x + self.mlp(x)
 
-# %% ../nbs/04_tarflow.ipynb #4bd258ad
+# %% ../nbs/04_tarflow.ipynb #af5c6462
 def check_tau(tau):
     "The temperature, or a ValueError."
     return check_number('tau', tau, 0, above=True, what='a temperature: a number above 0, 1 as in training')
@@ -102,6 +102,7 @@ def check_tokens(block, x, name:str='x') -> None: # a block, or a flow over toke
     "ValueError for what are not its tokens (b, n, d)."
     check_tensor(name, x, ' '.join(map(str, ('b', *block.z_shape)))); check_dtype(name, x, next(block.parameters()))
 
+# %% ../nbs/04_tarflow.ipynb #8bc4ce16
 class TokenTransformer(nn.Module):
     "The network of a block: projections, learned positions, classes, and causal layers. TARFlow §2.3, §3."
     causal, adds_class = True, True      # is the class vector added to the tokens? (layers may use it otherwise)
@@ -263,7 +264,7 @@ class BlockFlow(Flow):
         "The blocks, in order."
         return list(self.blocks)
 
-# %% ../nbs/04_tarflow.ipynb #ebbc1e33
+# %% ../nbs/04_tarflow.ipynb #5a9b6bee
 def reading_order(order,                 # 'alternate', 'forward', 'reverse', or a permutation of 0..n-1
                   n:int, t:int):         # tokens; block, counted from 0
     "The order in which block t reads: None for the image's own, or a list. TARFlow §2.2."
@@ -287,6 +288,7 @@ def per_block(name:str, v, one, blocks:int) -> list: # one: the kind of a value 
         raise ValueError(f'{name}: {v!r} came for {blocks} blocks; give one for all, or one a block')
     return list(each)
 
+# %% ../nbs/04_tarflow.ipynb #1135159c
 def check_config(image_size, channels, patch_size, dim, blocks, layers, head_dim, classes, kind, orders) -> tuple:
     "(h, w, layers of each block, orders of each block); ValueError, by name, for what cannot be built."
     h, w = image_size if isinstance(image_size, (tuple, list)) and len(image_size) == 2 else (image_size, image_size)
