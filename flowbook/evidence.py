@@ -77,7 +77,7 @@ def plot_seeds(ax,            # matplotlib axes
     ax.set_xticks(range(len(values)), list(groups)); ax.set_xlim(-.5, len(values) - .5); ax.set_ylabel(ylabel)
     return ax
 
-# %% ../nbs/03_evidence.ipynb #d5bae199
+# %% ../nbs/03_evidence.ipynb #6c3c5833
 def rule(d # (..., n) differences a - b, one a seed
         ):
     "The direction that n paired seeds allow us to claim: -1 (a < b), 1 (a > b) or 0 (not seen)."
@@ -85,7 +85,9 @@ def rule(d # (..., n) differences a - b, one a seed
     from scipy.stats import t
     try: d = np.asarray(d, dtype=float)
     except (TypeError, ValueError): raise ValueError(f'd: {type(d).__name__} came; give an array (..., n) of differences') from None
-    if not d.ndim or not np.isfinite(d).all(): raise ValueError(f'd: shape {d.shape} came, with {int((~np.isfinite(d)).sum())} numbers that are not finite; give an array (..., n) of differences')
+    if not d.ndim or not np.isfinite(d).all():
+        raise ValueError(f'd: shape {d.shape} came, with {int((~np.isfinite(d)).sum())} numbers that are not finite; give an array (..., '
+                         f'n) of differences')
     n = d.shape[-1]
     if n < 3: return np.zeros(d.shape[:-1], dtype=int)
     mean, half = d.mean(-1), t.ppf(.975, n - 1) * d.std(-1, ddof=1) / n**.5
@@ -132,8 +134,10 @@ def thresholds(n:int, sims:int=200_000):
     need = t.ppf(.975, n - 1) * z.std(1, ddof=1) / n**.5 - z.mean(1)
     return np.sort(np.maximum(need, -np.sort(z, 1)[:, n // 5]))   # n // 5 dissenters are allowed
 
-# %% ../nbs/03_evidence.ipynb #31b401c9
-def check_seeds(n:int) -> None: check_whole('n', n, 3, 200, what='3 seeds or more, the rule needs them, and 200 at most, for the memory of the simulation')
+# %% ../nbs/03_evidence.ipynb #74d3141c
+def check_seeds(n:int) -> None:
+    "ValueError unless the rule can judge `n` seeds."
+    check_whole('n', n, 3, 200, what='3 seeds or more, the rule needs them, and 200 at most, for the memory of the simulation')
 
 def power(effect:float, # true mean difference
           sd:float,     # standard deviation of the differences
@@ -181,7 +185,7 @@ class Verdict(NamedTuple):
     reason: str
     def __str__(self): return as_table(self)
 
-# %% ../nbs/03_evidence.ipynb #92fd10b3
+# %% ../nbs/03_evidence.ipynb #4ef83518
 def identity(error:float,     # largest error measured
              tolerance:float, # what the claim allows
              what:str) -> Verdict:
@@ -205,7 +209,8 @@ def lower(a, b,               # numbers, one a seed
 def all_of(*verdicts:Verdict) -> Verdict:
     "A claim made of several: as good as the weakest of them."
     order = 'failed', 'reversed', 'not judged', 'not seen', 'seen', 'exact'
-    if not verdicts or not all(isinstance(v, Verdict) and v.state in order for v in verdicts): raise ValueError(f'verdicts: {verdicts!r} came; give one or more, as `identity` and `lower` make them')
+    if not verdicts or not all(isinstance(v, Verdict) and v.state in order for v in verdicts):
+        raise ValueError(f'verdicts: {verdicts!r} came; give one or more, as `identity` and `lower` make them')
     return Verdict(min((v.state for v in verdicts), key=order.index), '; '.join(v.reason for v in verdicts))
 
 # %% ../nbs/03_evidence.ipynb #edd9e47a
@@ -310,10 +315,13 @@ class Experiment:
     verdict: Callable|None = field(default=None, repr=False)
     clock: tuple = ()               # the names in a result whose numbers are times: no two runs have the same
 
-# %% ../nbs/03_evidence.ipynb #ac8c4ee7
+# %% ../nbs/03_evidence.ipynb #9ad48d25
 EXPERIMENTS = {}
-CHAPTERS = 'evidence', 'tarflow', 'denoise', 'guidance', 'classify', 'repa', 'latent', 'simflow', 'variants', 'sit', 'scripts.demo', 'scripts.bench'  # the modules that register experiments
+# the modules that register experiments
+CHAPTERS = ('evidence', 'tarflow', 'denoise', 'guidance', 'classify', 'repa', 'latent', 'simflow', 'variants', 'sit',
+            'scripts.demo', 'scripts.bench')
 
+# %% ../nbs/03_evidence.ipynb #f8ef6f03
 def experiment(name:str, claims:tuple=(), title:str='',
                seeds:dict=None,     # budget -> how many seeds, for instance {'smoke': 1, 'laptop': 3}
                config:dict=None,    # budget -> configuration (what JSON can hold)
@@ -329,7 +337,8 @@ def experiment(name:str, claims:tuple=(), title:str='',
     if not isinstance(seeds, dict): raise ValueError(f'seeds: {seeds!r} came; give {{budget: how many seeds}}')
     config = {b: {} for b in seeds} if config is None else config
     if not isinstance(config, dict): raise ValueError(f'config: {config!r} came; give {{budget: configuration}}')
-    if verdict is not None and not callable(verdict): raise ValueError(f'verdict: {verdict!r} came; give a function: results of the seeds -> {{claim: Verdict}}')
+    if verdict is not None and not callable(verdict):
+        raise ValueError(f'verdict: {verdict!r} came; give a function: results of the seeds -> {{claim: Verdict}}')
     for b in (*seeds, *config):
         if b not in BUDGETS: raise ValueError(f'seeds, config: budget {b!r}; choose of {", ".join(BUDGETS)}')
     if 'smoke' not in seeds:
@@ -349,7 +358,7 @@ def experiment(name:str, claims:tuple=(), title:str='',
         return f
     return register
 
-# %% ../nbs/03_evidence.ipynb #8801776d
+# %% ../nbs/03_evidence.ipynb #b1a11256
 def as_json(value):
     "`value` as it comes back from a JSON file: tuples become lists, keys text."
     return json.loads(json.dumps(value, allow_nan=False))
@@ -364,6 +373,7 @@ def registry() -> dict:
     return EXPERIMENTS
 
 def check_name(name) -> str:
+    "The name of an experiment, or a ValueError: it becomes a file name."
     if isinstance(name, str) and name.replace('_', 'a').isalnum(): return name
     raise ValueError(f'name: {name!r}; it becomes a file name: letters, digits and _')
 
@@ -403,7 +413,7 @@ def provenance(budget:str) -> dict:
     return {'device': device, 'threads': torch.get_num_threads(), 'date': datetime.date.today().isoformat(),
             'versions': versions}
 
-# %% ../nbs/03_evidence.ipynb #711d22ef
+# %% ../nbs/03_evidence.ipynb #1af2dca7
 def results_dir() -> Path:
     "nbs/results of the checkout that the current folder lies in; under the current folder otherwise."
     here = Path.cwd()
@@ -412,7 +422,8 @@ def results_dir() -> Path:
 
 def result_path(name:str, budget:str, out=None) -> Path:
     "The file of a result; no name leads out of its folder."
-    return (results_dir() if out is None else check_folder('out', out)) / f'{check_name(name)}.{check_choice("budget", budget, BUDGETS)}.json'
+    return (results_dir() if out is None
+            else check_folder('out', out)) / f'{check_name(name)}.{check_choice("budget", budget, BUDGETS)}.json'
 
 # %% ../nbs/03_evidence.ipynb #8a066000
 def as_file(path) -> Path:
@@ -429,7 +440,7 @@ def write_atomic(path:Path, record:dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_bytes(path, text.encode())
 
-# %% ../nbs/03_evidence.ipynb #dcb7ea51
+# %% ../nbs/03_evidence.ipynb #3f6baea9
 def read_result(path:Path) -> dict:
     "Read a result file; a ValueError names a file that is truncated or is something else."
     path = as_file(path)
@@ -441,11 +452,13 @@ def read_result(path:Path) -> dict:
     def wrong(d, need):
         return [k for k, kind in need.items() if not isinstance(d, dict) or type(d.get(k)) is not kind]
     need_run = {'result': dict, 'seed': int}
-    bad = wrong(record, need) or [f'runs[{i}]' for i, r in enumerate(record['runs']) if wrong(r, need_run)] or ['runs'] * (not record['runs'])
+    bad = wrong(record, need) or [f'runs[{i}]' for i, r in enumerate(record['runs'])
+                                  if wrong(r, need_run)] or ['runs'] * (not record['runs'])
     if bad:
         raise ValueError(f'{path}: no result file of flowbook, {bad[0]!r} is missing or of another kind; '
                          'it was left as it is')
-    for i, r in enumerate(record['runs']): refuse_nan(r['result'], f'{path}: runs[{i}].result')  # what others wrote is held to what we write
+    # what others wrote is held to what we write
+    for i, r in enumerate(record['runs']): refuse_nan(r['result'], f'{path}: runs[{i}].result')
     return record
 
 # %% ../nbs/03_evidence.ipynb #1cf0d589
@@ -467,14 +480,15 @@ def check_same(path:Path, record:dict, e:Experiment, budget:str) -> None:
         raise ValueError(f'{path}: made by another configuration: {d}; '
                          'force=True (--force) makes it anew, another out (--out) keeps both')
 
-# %% ../nbs/03_evidence.ipynb #858175b3
+# %% ../nbs/03_evidence.ipynb #66b763c7
 def seed_list(e:Experiment, budget:str, seeds=None) -> list: # seeds: how many, or which
     "The seeds to run, checked."
     if not isinstance(e, Experiment): raise ValueError(f'e: {type(e).__name__} came; give what `find` gives')
     if not isinstance(budget, str) or budget not in e.seeds:
         raise ValueError(f'budget: {e.name!r} has no budget {budget!r}; it has {", ".join(e.seeds)}')
     seeds = e.seeds[budget] if seeds is None else seeds
-    if not isinstance(seeds, (list, tuple)): seeds = list(range(check_whole('seeds', seeds, what='how many, 1 or more, or a list of which')))
+    if not isinstance(seeds, (list, tuple)):
+        seeds = list(range(check_whole('seeds', seeds, what='how many, 1 or more, or a list of which')))
     if not seeds or len(set(seeds)) < len(seeds) or not all(type(s) is int and s >= 0 for s in seeds):
         raise ValueError(f'seeds: {seeds}; give how many (1 or more), or different whole numbers from 0 on')
     return list(seeds)
@@ -485,10 +499,11 @@ def command(name:str, budget:str, seeds:list) -> str:
     which = str(len(seeds)) if first else ','.join(map(str, seeds)) + ',' * (len(seeds) == 1)
     return f'flowbook_experiment {name} --budget {budget} --seeds {which}'
 
-# %% ../nbs/03_evidence.ipynb #f8610ccb
+# %% ../nbs/03_evidence.ipynb #20b10876
 def one_seed(e:Experiment, budget:str, seed:int) -> tuple: # (result, {'seconds': on the wall, 'cpu': of this process})
     "Run an experiment with one seed; the caller's random state is not touched. ValueError for what is no result."
-    if budget == 'gpu' and not torch.cuda.is_available(): raise ValueError('budget: gpu came, and torch sees no CUDA device here; take laptop')
+    if budget == 'gpu' and not torch.cuda.is_available():
+        raise ValueError('budget: gpu came, and torch sees no CUDA device here; take laptop')
     wall, cpu = time.perf_counter(), time.process_time()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -534,10 +549,11 @@ def load_result(name:str, budget:str='laptop', out=None) -> dict:
                          f'make it with: flowbook_experiment {name} --budget {budget}')
     return read_result(path)
 
-# %% ../nbs/03_evidence.ipynb #df65db5c
+# %% ../nbs/03_evidence.ipynb #375fe7fd
 def per_seed(record:dict, key:str) -> list:
     "One entry of every seed's result; dots step into dictionaries: 'tarflow.bits'."
-    if not isinstance(record, dict) or 'runs' not in record: raise ValueError(f'record: {type(record).__name__} came; give what `run` and `load_result` give')
+    if not isinstance(record, dict) or 'runs' not in record:
+        raise ValueError(f'record: {type(record).__name__} came; give what `run` and `load_result` give')
     if not isinstance(key, str): raise ValueError(f"key: {key!r} came; give a text, for instance 'tarflow.bits'")
     def get(r):
         for k in key.split('.'):
@@ -550,13 +566,15 @@ def per_seed(record:dict, key:str) -> list:
 
 def verdicts(record:dict) -> dict: # {claim: Verdict}
     "Judge a record by its experiment's verdict function. Never stored, so never stale."
-    if not isinstance(record, dict) or not {'experiment', 'runs'} <= set(record): raise ValueError(f'record: {type(record).__name__} came; give what `run` and `load_result` give')
+    if not isinstance(record, dict) or not {'experiment', 'runs'} <= set(record):
+        raise ValueError(f'record: {type(record).__name__} came; give what `run` and `load_result` give')
     judge = find(record['experiment']).verdict
     try: return judge([r['result'] for r in record['runs']]) if judge else {}
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
-        raise ValueError(f"record: the results of {record['experiment']!r} do not hold what its verdict reads ({type(e).__name__}: {e})") from None
+        raise ValueError(f"record: the results of {record['experiment']!r} do not hold what its verdict reads "
+                         f"({type(e).__name__}: {e})") from None
 
-# %% ../nbs/03_evidence.ipynb #538c7cf4
+# %% ../nbs/03_evidence.ipynb #378f081e
 def flat(result:dict, prefix:str='') -> dict:
     "The single numbers of a nested result, by dotted names; lists (curves) are left out."
     out = {}
@@ -566,7 +584,7 @@ def flat(result:dict, prefix:str='') -> dict:
     return out
 
 class Again(NamedTuple):
-    "A recorded seed, run again: how many numbers are the same, how many within two standard deviations, which are not, and which verdicts changed."
+    "A recorded seed, run again: how many numbers are the same, which are outside of the spread, and which verdicts changed."
     experiment: str
     seed: int
     same: int             # to the last bit
@@ -577,35 +595,44 @@ class Again(NamedTuple):
     changed: dict         # claim -> (state recorded, state with the new run in place of the old)
 
     @property
-    def agrees(self) -> bool: return not self.outside and not self.changed
+    def agrees(self) -> bool:
+        "Whether no number lies outside of the spread and no verdict changed."
+        return not self.outside and not self.changed
 
     def __str__(self):
         out = ''.join(f'\n  {k}: {a:.6g} is recorded, {b:.6g} came, spread {sd:.2g}' for k, (a, b, sd) in self.outside.items())
         out += ''.join(f'\n  {k}: {a} is recorded, {b} came' for k, (a, b) in self.changed.items())
-        return (f'{self.experiment}, seed {self.seed}: {"agrees" if self.agrees else "DISAGREES"}; {self.same} numbers equal to the last bit, '
-                f'{self.close} to six digits, {self.within} within the spread, {len(self.outside)} outside' + f'; {self.clock} are times' * bool(self.clock) + out)
+        word = 'agrees' if self.agrees else 'DISAGREES'
+        said = f'{self.experiment}, seed {self.seed}: {word}; {self.same} numbers equal to the last bit, '
+        said += f'{self.close} to six digits, {self.within} within the spread, {len(self.outside)} outside'
+        return said + f'; {self.clock} are times' * bool(self.clock) + out
 
-# %% ../nbs/03_evidence.ipynb #33824f71
+# %% ../nbs/03_evidence.ipynb #b6f7b194
 def compare_again(record:dict, seed:int, result:dict) -> Again: # result: of the same seed
     "Hold a new result of a recorded seed against its record."
     try: runs = {r['seed']: r['result'] for r in record['runs']}
-    except (TypeError, LookupError): raise ValueError(f'record: {type(record).__name__} came; give what `run` and `load_result` give') from None
+    except (TypeError, LookupError):
+        raise ValueError(f'record: {type(record).__name__} came; give what `run` and `load_result` give') from None
     if seed not in runs: raise ValueError(f'seed: {seed!r} is not in the record; it has {", ".join(map(str, runs))}')
-    if not isinstance(result, dict): raise ValueError(f'result: {type(result).__name__} came; give what the experiment returned for that seed')
+    if not isinstance(result, dict):
+        raise ValueError(f'result: {type(result).__name__} came; give what the experiment returned for that seed')
     old, new, others = flat(runs[seed]), flat(result), [flat(r) for s, r in runs.items() if s != seed]
     if old.keys() != new.keys():
-        raise ValueError(f'result: {sorted(old.keys() ^ new.keys())[0]!r} is in one of the two only; the code has changed since the record was made')
+        raise ValueError(f'result: {sorted(old.keys() ^ new.keys())[0]!r} is in one of the two only; the code has changed since the '
+                         f'record was made')
     tally, outside, clock = {'same': 0, 'close': 0, 'within': 0, 'clock': 0}, {}, set(find(record['experiment']).clock)
     for k, a in old.items():
         b, rest = new[k], [t[k] for t in others if k in t]
         sd = min(summary([v, *rest]).sd for v in (a, b))     # one that is far off must not widen the spread it is measured by
         if clock & set(k.split('.')): tally['clock'] += 1
         elif a == b: tally['same'] += 1
-        elif math.isclose(a, b, rel_tol=1e-6) or max(abs(a), abs(b)) < 1e-4: tally['close'] += 1 # a rounding error may well be twice another; the verdict knows its tolerance
+        # a rounding error may well be twice another; the verdict knows its tolerance
+        elif math.isclose(a, b, rel_tol=1e-6) or max(abs(a), abs(b)) < 1e-4: tally['close'] += 1
         elif abs(a - b) <= 2 * sd: tally['within'] += 1
         else: outside[k] = a, b, sd
     was, now = (verdicts({**record, 'runs': [{'seed': s, 'result': r} for s, r in d.items()]}) for d in (runs, {**runs, seed: result}))
-    return Again(record['experiment'], seed, **tally, outside=outside, changed={c: (was[c].state, now[c].state) for c in was if was[c].state != now[c].state})
+    return Again(record['experiment'], seed, **tally, outside=outside,
+                 changed={c: (was[c].state, now[c].state) for c in was if was[c].state != now[c].state})
 
 def again(name:str, budget:str='laptop', seed:int=None, # None: the first that is recorded
           out=None) -> Again:
@@ -617,8 +644,9 @@ def again(name:str, budget:str='laptop', seed:int=None, # None: the first that i
     check_same(result_path(name, budget, out), record, e, budget)
     return compare_again(record, seed, one_seed(e, budget, seed)[0])
 
-# %% ../nbs/03_evidence.ipynb #576e71e2
+# %% ../nbs/03_evidence.ipynb #c46cc137
 def judge_t1(results):
+    "The verdict on T1: densities and integrals."
     worst = lambda k: max(abs(v - (k == 'integral')) for r in results for v in r[k].values())
     density = identity(worst('error'), 1e-10, 'log-density against closed forms and slogdet (nats)')
     return {'T1': all_of(density, identity(worst('integral'), 1e-3, 'integral of the density'))}

@@ -11,7 +11,7 @@ __all__ = ['INCEPTION_URL', 'INCEPTION_SHA256', 'METRICS', 'DigitClassifier', 'C
            'load_statistics', 'evaluate', 'distance', 'check_given', 'by_fidelity', 'fid_curve', 'fid_at_infinity',
            'reconstruction', 'lpips']
 
-# %% ../nbs/05_metrics.ipynb #96332870
+# %% ../nbs/05_metrics.ipynb #83c92477
 import hashlib, io, json, math, os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,14 +20,15 @@ from pathlib import Path
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
-from .data import Folder, ImageSet, _files, batches, check_choice, check_device, check_images, check_number, check_path, check_tensor, check_whole, load, replace_bytes, sha256_of_tensors, to_levels
+from .data import (Folder, ImageSet, _files, batches, check_choice, check_device, check_images, check_number, check_path,
+                           check_tensor, check_whole, load, replace_bytes, sha256_of_tensors, to_levels)
 from .flows import Pretrained
 from .train import fit, keyed_normal, keyed_uniform
 
 # %% ../nbs/05_metrics.ipynb #1c79f296
 # Axis legend of this module: b batch, n images, d features, c h w image, k classes.
 
-# %% ../nbs/05_metrics.ipynb #73090359
+# %% ../nbs/05_metrics.ipynb #f06cc8f6
 class DigitClassifier(nn.Module, Pretrained):
     "A small convolutional classifier of 8x8 digits; `features` are what offline metrics compare."
     classes = 10
@@ -43,11 +44,15 @@ class DigitClassifier(nn.Module, Pretrained):
         self.head = nn.Linear(dim, 10)
 
     def features(self, x:Tensor) -> Tensor: # (b, 1, 8, 8) in [-1, 1], clipped to it -> (b, dim)
+        "Images (b, 1, 8, 8), clipped to [-1, 1] -> features (b, dim)."
         return self.body(check_tensor('x', x, 'b 1 8 8').clamp(-1, 1))
 
-    def forward(self, x): return self.head(self.features(x))                    # (b, 10) logits
+    def forward(self, x):
+        "Images (b, 1, 8, 8) -> logits (b, 10)."
+        return self.head(self.features(x))                    # (b, 10) logits
 
     def stages(self, x:Tensor) -> dict: # (b, 1, 8, 8): all that metrics ask of an extractor
+        "Images (b, 1, 8, 8) -> pooled (b, dim), spatial (b, 112), logits (b, 10): all that metrics ask of an extractor."
         h = self.body[:9](x.clamp(-1, 1))                                       # (b, 2 width, 4, 4)
         pooled = self.body[9:](h)                                               # (b, dim)
         return {'pooled': pooled, 'spatial': h[:, :7].flatten(1), 'logits': self.head(pooled)}
@@ -107,11 +112,12 @@ def agreement(judge:nn.Module, x:Tensor,  # (b, c, h, w) samples
     dtype = next((p.dtype for p in getattr(judge, 'parameters', tuple)()), x.dtype)
     return (judge(x.to(dtype)).argmax(1) == y).float().mean().item()
 
-# %% ../nbs/05_metrics.ipynb #eed12baa
+# %% ../nbs/05_metrics.ipynb #5af10fcd
 def _numbers(name, v, axes):
     try: v = torch.as_tensor(v).detach().cpu()
     except (TypeError, ValueError, RuntimeError): raise ValueError(f'{name}: {type(v).__name__} came, must be a tensor') from None
-    if not check_tensor(name, v, axes, 'floats', 'of one extractor').isfinite().all(): raise ValueError(f'{name}: it holds NaN or infinity; look at the features')
+    if not check_tensor(name, v, axes, 'floats', 'of one extractor').isfinite().all():
+        raise ValueError(f'{name}: it holds NaN or infinity; look at the features')
     if not v.numel(): raise ValueError(f'{name}: no numbers came')
     return v.double()
 
@@ -121,7 +127,8 @@ def frechet(mean1:Tensor, cov1:Tensor,   # (d,), (d, d)
     m1, m2 = _numbers('mean1', mean1, 'd'), _numbers('mean2', mean2, f'{len(mean1)}')
     c1, c2 = (_numbers(name, c, f'{len(m1)} {len(m1)}') for name, c in (('cov1', cov1), ('cov2', cov2)))
     for name, c in (('cov1', c1), ('cov2', c2)):
-        if (c - c.T).abs().max() > 1e-4 * c.abs().max() or c.diagonal().min() < 0: raise ValueError(f'{name}: it is not symmetric, or has negative variances; a covariance has neither fault')
+        if (c - c.T).abs().max() > 1e-4 * c.abs().max() or c.diagonal().min() < 0:
+            raise ValueError(f'{name}: it is not symmetric, or has negative variances; a covariance has neither fault')
     L, failed = torch.linalg.cholesky_ex(c1)
     if failed:                                             # no full rank: the eigenvectors serve as well
         w, v = torch.linalg.eigh(c1)
@@ -140,7 +147,7 @@ def rank_part() -> tuple:
     from torch import distributed as dist
     return (dist.get_rank(), ranks()) if ranks() > 1 else (0, 1)
 
-# %% ../nbs/05_metrics.ipynb #5ba5ac33
+# %% ../nbs/05_metrics.ipynb #bb86f0d9
 class Moments:
     "Mean and covariance of features, streamed in float64; parts add up, over batches and over ranks."
     def __init__(self, d:int, device='cpu'):
@@ -150,6 +157,7 @@ class Moments:
         self.n, self.mean, self.scatter = 0, zeros(d), zeros(d, d)
 
     def add(self, f:Tensor) -> None:         # (b, d) features
+        "Add the features (b, d) of a batch."
         if not len(check_tensor('f', f, f'b {len(self.mean)}')): return
         f = f.detach().to(self.mean.device).double()
         centred = f - f.mean(0)
@@ -172,10 +180,11 @@ class Moments:
 
     @property
     def cov(self) -> Tensor:                 # (d, d), unbiased
+        "The unbiased covariance (d, d); ValueError for fewer than 2 images."
         if self.n < 2: raise ValueError(f'n: {self.n} images have no covariance; give 2 or more')
         return self.scatter / (self.n - 1)
 
-# %% ../nbs/05_metrics.ipynb #cf7b791e
+# %% ../nbs/05_metrics.ipynb #f9a816e8
 class Extractor:
     "8-bit images -> {'pooled': (b, d)} and, where it has them, 'spatial' (b, s) and 'logits' (b, k)."
     def __init__(self, net,            # callable: uint8 (b, c, h, w) -> such a dictionary
@@ -196,13 +205,16 @@ class Extractor:
 
     @torch.no_grad()
     def look(self, levels:Tensor) -> dict:   # (b, c, h, w) uint8
-        if check_tensor('levels', levels, 'b c h w', 'integers').dtype != torch.uint8: raise ValueError(f'levels: {levels.dtype} came, must be uint8')
+        "8-bit images (b, c, h, w) -> features by name."
+        if check_tensor('levels', levels, 'b c h w', 'integers').dtype != torch.uint8:
+            raise ValueError(f'levels: {levels.dtype} came, must be uint8')
         levels = with_channels(levels, self.channels)
         if self.size is not None and tuple(levels.shape[2:]) != (self.size, self.size):
             big = F.interpolate(levels.float(), (self.size, self.size), mode='bicubic', antialias=True)
             levels = big.round().clamp(0, 255).to(torch.uint8)
         return self.net(levels)
 
+# %% ../nbs/05_metrics.ipynb #f5cd734f
 def with_channels(x:Tensor, channels:int|None) -> Tensor: # (b, c, h, w) uint8 -> (b, channels, h, w)
     "Grey becomes three equal channels, colours become their mean."
     c = check_tensor('x', x, 'b c h w', 'any').shape[1]
@@ -345,7 +357,7 @@ def folder_images(root) -> Folder:
     if not paths: raise ValueError(f'root: there are no images in the folder {root}')
     return Folder(paths, torch.zeros(len(paths), dtype=torch.long), ('image',), name=root.name)
 
-# %% ../nbs/05_metrics.ipynb #e0780d81
+# %% ../nbs/05_metrics.ipynb #c3cdf5c2
 def _pixels(called, x): return check_tensor(called, x, 'b c h w', what='in [-1, 1]; from_levels(v, 256) scales 8-bit images')
 
 def image_batches(source,            # (n, c, h, w), an iterable of batches, a dataset, or a folder
@@ -358,7 +370,8 @@ def image_batches(source,            # (n, c, h, w), an iterable of batches, a d
             raise ValueError(f'{called}: {str(source)!r:.200} is no folder; give a folder of images, a dataset (load(...)), '
                              'a tensor, batches, or Statistics')
         source = folder_images(source)
-    if type(source).__module__ == 'numpy': raise ValueError(f'{called}: a numpy array came; give torch.from_numpy(...), float (n, c, h, w) in [-1, 1]')
+    if type(source).__module__ == 'numpy':
+        raise ValueError(f'{called}: a numpy array came; give torch.from_numpy(...), float (n, c, h, w) in [-1, 1]')
     if isinstance(source, Tensor): _pixels(called, source)
     if isinstance(source, Tensor): return f'a tensor {tuple(source.shape)}', iter(source.split(batch_size))
     if hasattr(source, '__len__') and hasattr(source, '__getitem__') and not isinstance(source, (list, tuple, dict)):
@@ -369,7 +382,7 @@ def image_batches(source,            # (n, c, h, w), an iterable of batches, a d
         raise ValueError(f'{called}: {type(source).__name__} came; give a tensor (n, c, h, w), batches of such, a dataset or a folder')
     return 'a stream', (b[0] if isinstance(b, (tuple, list)) and len(b) else b for b in source)
 
-# %% ../nbs/05_metrics.ipynb #473ec5ff
+# %% ../nbs/05_metrics.ipynb #9547b4d4
 @dataclass
 class Statistics:
     "What metrics keep of a set of images; `collect` makes it, `save` and `load_statistics` keep it."
@@ -384,7 +397,9 @@ class Statistics:
     broken: int = 0                 # images with NaN or infinity, left out
 
     @property
-    def n(self) -> int: return self.moments['pooled'].n
+    def n(self) -> int:
+        "How many images."
+        return self.moments['pooled'].n
 
     def check(self, other:'Statistics') -> None:
         "ValueError unless both were made by one extractor, in one way."
@@ -421,7 +436,7 @@ def collect(source, extractor='inception', *,
         for k in kept.keys() & out.keys() if keep else (): kept[k].append(out[k].detach().float().cpu())
     return _joined(look, name, moments, kept, tally, hashes, n, device)
 
-# %% ../nbs/05_metrics.ipynb #7607b848
+# %% ../nbs/05_metrics.ipynb #a96b3806
 def _check_options(n, batch_size, device, on_broken):
     if n is not None: check_whole('n', n, 2, what='2 images or more')
     check_whole('batch_size', batch_size); check_device('device', device); check_choice('on_broken', on_broken, ('refuse', 'drop'))
@@ -429,14 +444,15 @@ def _check_options(n, batch_size, device, on_broken):
 def checked_features(out, b:int, name:str) -> dict:
     "What an extractor returned for `b` images, or a ValueError that says what is wrong with it."
     if not isinstance(out, dict) or 'pooled' not in out:
-        raise ValueError(f"extractor: {name} returned {sorted(out) if isinstance(out, dict) else type(out).__name__}; give features (b, d), or a dictionary with 'pooled'")
+        raise ValueError(f"extractor: {name} returned {sorted(out) if isinstance(out, dict) else type(out).__name__}; give features (b, "
+                         f"d), or a dictionary with 'pooled'")
     for k, v in out.items():
         if not isinstance(v, Tensor) or v.ndim != 2 or len(v) != b:
             raise ValueError(f'extractor: {k!r} of {name} has shape {tuple(getattr(v, "shape", ()))} for {b} images; give ({b}, d)')
         if not v.isfinite().all(): raise ValueError(f'extractor: {k!r} of {name} holds NaN or infinity for images that have none')
     return out
 
-# %% ../nbs/05_metrics.ipynb #ca2526db
+# %% ../nbs/05_metrics.ipynb #89036aa4
 def image_hash(levels:Tensor) -> int:                       # (c, h, w) uint8
     "The sha256 of an image, as a number: sums of such do not depend on the order."
     return int.from_bytes(hashlib.sha256(str(tuple(levels.shape)).encode() + levels.cpu().contiguous().numpy().tobytes()).digest(), 'big')
@@ -446,6 +462,7 @@ class Tally:
     def __init__(self, called): self.good, self.broken, self.outside, self.values, self.called = 0, 0, 0, 0, called
 
     def sift(self, x, on_broken, quota):
+        "The whole images of a batch, clipped to [-1, 1], up to the quota."
         x = _pixels(self.called, x).detach().float()
         whole = x.isfinite().flatten(1).all(1)
         bad = int((~whole).sum())
@@ -469,7 +486,7 @@ def gathered(t:Tensor) -> Tensor: # (n, ...) of this rank -> (sum of n, ...), de
     there = torch.stack([torch.arange(most) < int(l) for l in lengths], 1).flatten()
     return torch.stack(rows, 1).flatten(0, 1)[there.to(t.device)]
 
-# %% ../nbs/05_metrics.ipynb #20622c3d
+# %% ../nbs/05_metrics.ipynb #629f7bfd
 def _summed(numbers:list, device) -> list:                  # whole numbers over ranks
     from torch import distributed as dist
     t = torch.tensor(numbers, dtype=torch.int64, device=device)
@@ -481,23 +498,28 @@ def _joined(look, name, moments, kept, tally, hashes, n, device):
     numbers = [tally.good, tally.broken, tally.outside, tally.values, bool(moments), *words]
     good, broken, outside, values, busy, *words = _summed(numbers, device)
     if n is not None and good < n:
-        raise ValueError(f'n: {n} images were asked for, {tally.called} ({name}) gave {good}' + (f' ({broken} broken ones left out)' if broken else ''))
-    if good < 2: raise ValueError(f'{tally.called}: {name} gave {good}' + f' ({broken} broken)' * bool(broken) + '; a metric needs 2 or more')
-    if busy < ranks(): raise ValueError(f'{tally.called}: {ranks() - busy} of {ranks()} ranks got none of {good}; give each rank one or more')
+        raise ValueError(f'n: {n} images were asked for, {tally.called} ({name}) gave {good}' + (f' ({broken} broken ones left out)'
+                if broken else ''))
+    if good < 2:
+        raise ValueError(f'{tally.called}: {name} gave {good}' + f' ({broken} broken)' * bool(broken) + '; a metric needs 2 or more')
+    if busy < ranks():
+        raise ValueError(f'{tally.called}: {ranks() - busy} of {ranks()} ranks got none of {good}; give each rank one or more')
     digest = sum(w << 32 * i for i, w in enumerate(words)) % 2**256
     cat = {k: torch.cat(v) for k, v in kept.items() if v}
     if ranks() > 1: cat = {k: gathered(v.to(device)).cpu() for k, v in cat.items()}
     return Statistics(look.name, look.preprocessing, name, f'{digest:064x}', {k: m.over_ranks() for k, m in sorted(moments.items())},
                       cat.get('pooled'), cat.get('logits'), outside / values, broken)
 
-# %% ../nbs/05_metrics.ipynb #19857ded
+# %% ../nbs/05_metrics.ipynb #08a993e7
 def save_statistics(stats:Statistics, path, features:bool=False) -> Path: # features: keep (n, d), for precision and recall
     "Write statistics as safetensors; the facts about them are its metadata."
     from safetensors.torch import save
-    if not isinstance(stats, Statistics): raise ValueError(f'stats: {type(stats).__name__} came, must be Statistics: what `collect` returns')
+    if not isinstance(stats, Statistics):
+        raise ValueError(f'stats: {type(stats).__name__} came, must be Statistics: what `collect` returns')
     path = check_path('path', path)
     if path.is_dir(): raise ValueError(f'path: {path} is a folder, must be a file')
-    if check_choice('features', features, (True, False)) and stats.features is None: raise ValueError('features: these statistics kept none; make them with collect(..., keep=True)')
+    if check_choice('features', features, (True, False)) and stats.features is None:
+        raise ValueError('features: these statistics kept none; make them with collect(..., keep=True)')
     tensors = {f'{k}.{part}': getattr(m, part).cpu().contiguous() for k, m in stats.moments.items() for part in ('mean', 'cov')}
     if features: tensors['features'] = stats.features.contiguous()
     facts = {k: getattr(stats, k) for k in ('extractor', 'preprocessing', 'dataset', 'sha256', 'n')}
@@ -505,7 +527,7 @@ def save_statistics(stats:Statistics, path, features:bool=False) -> Path: # feat
     replace_bytes(path, save(tensors, {'flowbook_statistics': json.dumps({**facts, 'numbers': sha256_of_tensors(tensors)})}))
     return path
 
-# %% ../nbs/05_metrics.ipynb #d5ac4124
+# %% ../nbs/05_metrics.ipynb #fb4defc8
 def load_statistics(path) -> Statistics:
     "Statistics that `save_statistics` wrote; ValueError names a file that is something else."
     from safetensors import SafetensorError, safe_open
@@ -515,8 +537,10 @@ def load_statistics(path) -> Statistics:
         with safe_open(path, 'pt') as f:
             facts = json.loads((f.metadata() or {})['flowbook_statistics'])
             tensors = {k: f.get_tensor(k) for k in f.keys()}
-            if facts.pop('numbers', own := sha256_of_tensors(tensors)) != own: raise ValueError('other numbers than were written: it was damaged')
-        if not all(isinstance(facts[k], str) for k in ('extractor', 'preprocessing', 'dataset', 'sha256')): raise ValueError('its facts are no texts')
+            if facts.pop('numbers', own := sha256_of_tensors(tensors)) != own:
+                raise ValueError('other numbers than were written: it was damaged')
+        if not all(isinstance(facts[k], str) for k in ('extractor', 'preprocessing', 'dataset', 'sha256')):
+            raise ValueError('its facts are no texts')
         n, moments = check_whole('n', facts.pop('n'), 2), {}
         for k in ('pooled', 'spatial'):
             if k == 'spatial' and f'{k}.mean' not in tensors: continue
@@ -526,17 +550,20 @@ def load_statistics(path) -> Statistics:
         if (features := tensors.get('features')) is not None: _numbers('features', features, f"{n} {len(moments['pooled'].mean)}")
         return Statistics(**facts, moments=moments, features=features)
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, OSError) as e:
-        raise ValueError(f'{path}: holds no statistics of flowbook ({type(e).__name__}: {e!s:.300}); make it with flowbook_fid_stats') from None
+        raise ValueError(f'{path}: holds no statistics of flowbook ({type(e).__name__}: {e!s:.300}); '
+                         'make it with flowbook_fid_stats') from None
 
-# %% ../nbs/05_metrics.ipynb #768c7637
+# %% ../nbs/05_metrics.ipynb #5e326dca
 METRICS = 'fid', 'sfid', 'is', 'kid', 'precision', 'recall'
 
 def _names(metrics, known):
     names = (metrics,) if isinstance(metrics, str) else metrics
-    if not isinstance(names, (tuple, list)) or not names: raise ValueError(f'metrics: {metrics!r:.80} came, must be one or some of {", ".join(known)}')
+    if not isinstance(names, (tuple, list)) or not names:
+        raise ValueError(f'metrics: {metrics!r:.80} came, must be one or some of {", ".join(known)}')
     for m in names: check_choice('metrics', m, known)
     return tuple(names)
 
+# %% ../nbs/05_metrics.ipynb #b85e829d
 def evaluate(samples, reference,     # a tensor in [-1, 1], batches, a dataset, a folder, or Statistics (reference: also their file)
              metrics=('fid', 'sfid', 'is', 'precision', 'recall'), # of METRICS
              extractor='inception',  # or 'digits', an `Extractor`, or any module
@@ -569,7 +596,7 @@ def evaluate(samples, reference,     # a tensor in [-1, 1], batches, a dataset, 
     if 'sfid' in metrics: out['sfid'] = distance(a, b, 'spatial')
     return out | by_fidelity(metrics, a, b, k, seed)
 
-# %% ../nbs/05_metrics.ipynb #87c05278
+# %% ../nbs/05_metrics.ipynb #57cafaee
 def _statistics(**given):
     for name, s in given.items():
         if not isinstance(s, Statistics): raise ValueError(f'{name}: {type(s).__name__} came, must be Statistics: what `collect` returns')
@@ -586,7 +613,8 @@ def check_given(metrics, s:Statistics, look, is_reference:bool) -> None:
         k = 'extractor' if s.extractor != look.name else 'preprocessing'
         raise ValueError(f'{k}: the {"reference" if is_reference else "samples"} was seen by {getattr(s, k)!r}, the other side would be by '
                          f'{look.name if k == "extractor" else look.preprocessing!r}; make both with the same one')
-    has = {'sfid': 'spatial' in s.moments, 'is': is_reference or s.logits is not None, **{m: s.features is not None for m in ('kid', 'precision', 'recall')}}
+    has = {'sfid': 'spatial' in s.moments, 'is': is_reference or s.logits is not None,
+           **{m: s.features is not None for m in ('kid', 'precision', 'recall')}}
     needs = {'sfid': 'spatial features', 'is': 'class logits of the samples'}
     for m in metrics:
         if not has.get(m, True):
@@ -638,7 +666,7 @@ def fid_at_infinity(ns, fids) -> tuple: # -> (FID of infinitely many samples, sl
     slope, limit = np.polyfit(1 / np.asarray(ns, dtype=float), fids, 1)
     return float(limit), float(slope)
 
-# %% ../nbs/05_metrics.ipynb #5f2c3d1c
+# %% ../nbs/05_metrics.ipynb #2afd53a6
 _LPIPS = {'vgg': 'vgg16', 'alex': 'alexnet', 'squeeze': 'squeezenet1_1'}   # the networks of LPIPS, as torchvision calls them
 
 def reconstruction(x:Tensor, xhat:Tensor,   # (n, c, h, w) in [-1, 1]; values outside are clipped
@@ -647,7 +675,8 @@ def reconstruction(x:Tensor, xhat:Tensor,   # (n, c, h, w) in [-1, 1]; values ou
                    batch_size:int=64, device='cpu') -> dict:
     "PSNR (dB), SSIM, LPIPS (means over images) and rFID of reconstructions `xhat` of `x`."
     metrics = _names(metrics, ('psnr', 'ssim', 'lpips', 'rfid'))
-    if _pixels('x', x).shape != _pixels('xhat', xhat).shape: raise ValueError(f'xhat: shape {tuple(xhat.shape)} came for x of {tuple(x.shape)}; give the same')
+    if _pixels('x', x).shape != _pixels('xhat', xhat).shape:
+        raise ValueError(f'xhat: shape {tuple(xhat.shape)} came for x of {tuple(x.shape)}; give the same')
     check_whole('batch_size', batch_size); check_device('device', device); check_choice('net', net, _LPIPS)
     x, xhat = (check_images(t.detach().float().clamp(-1, 1), name) for name, t in (('x', x), ('xhat', xhat)))
     if not x.numel(): raise ValueError('x: no images came; give one or more')
@@ -662,7 +691,7 @@ def reconstruction(x:Tensor, xhat:Tensor,   # (n, c, h, w) in [-1, 1]; values ou
     if 'rfid' in metrics: out['rfid'] = evaluate(xhat, x, 'fid', extractor, batch_size=batch_size, device=device)['fid']
     return out
 
-# %% ../nbs/05_metrics.ipynb #730e4ff6
+# %% ../nbs/05_metrics.ipynb #8e71aab4
 def lpips(net:str='vgg', device='cpu'):
     "LPIPS (Zhang et al., 2018) of two batches in [-1, 1] -> (b,), differentiable, by torchmetrics; ValueError without its weights."
     from unittest.mock import patch
@@ -673,14 +702,18 @@ def lpips(net:str='vgg', device='cpu'):
         try: return torch.hub.load_state_dict_from_url(url, **{**kw, 'weights_only': True})
         except OSError: raise
         except Exception as e:
-            raise ValueError(f"net: {Path(torch.hub.get_dir())/'checkpoints'/url.rsplit('/', 1)[1]} holds more than tensors, or is damaged; "
+            raise ValueError(f"net: {Path(torch.hub.get_dir())/'checkpoints'/url.rsplit('/', 1)[1]} holds more than tensors, or is "
+                             f"damaged; "
                              f'delete it, and it is fetched again ({type(e).__name__}: {e!s:.200})') from e
     try:
-        with patch.object(_api, 'load_state_dict_from_url', tensors): model = LearnedPerceptualImagePatchSimilarity(net).net.to(device)          # frozen, in eval mode
+        # frozen, in eval mode
+        with patch.object(_api, 'load_state_dict_from_url', tensors): model = LearnedPerceptualImagePatchSimilarity(net).net.to(device)
     except OSError as e:
         raise ValueError(f"net: the weights of torchvision's {_LPIPS[net]} are not here and could not be downloaded ({e}). With a network "
                          f"they come by themselves; without, copy them into torch.hub's folder of checkpoints") from e
-    except RuntimeError as e: raise ValueError(f"net: what lies in torch.hub's folder of checkpoints does not fit torchvision's {_LPIPS[net]} ({e!s:.200}); delete it") from e
+    except RuntimeError as e:
+        raise ValueError(f"net: what lies in torch.hub's folder of checkpoints does not fit torchvision's {_LPIPS[net]} ({e!s:.200}); "
+                         f"delete it") from e
     def run(a, b):
         if min(a.shape[2:]) < 32: raise ValueError(f'x: {tuple(a.shape[2:])} pixels; LPIPS needs 32x32 or more')
         rgb = lambda t: t.expand(-1, 3, -1, -1) if t.shape[1] == 1 else t

@@ -36,10 +36,11 @@ class KVCache:
         self.kv[l] = k, v
         return k, v
 
-# %% ../nbs/04_tarflow.ipynb #1436b960
+# %% ../nbs/04_tarflow.ipynb #7ebc6740
 def attention(q:Tensor, k:Tensor, v:Tensor, mask, causal:bool, scale:float) -> Tensor: # (b, h, n, e)
     "Scaled dot-product attention, fused; under bf16 on a CPU in float32, whose backward pass is the faster one there."
-    if q.device.type != 'cpu' or q.dtype != torch.bfloat16: return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+    if q.device.type != 'cpu' or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
     wide = lambda t: t.float() if torch.is_tensor(t) and t.is_floating_point() else t
     with torch.autocast('cpu', enabled=False):
         return F.scaled_dot_product_attention(*map(wide, (q, k, v)), attn_mask=wide(mask), is_causal=causal, scale=scale).to(q.dtype)
@@ -53,11 +54,13 @@ class Attention(nn.Module):
         self.norm, self.qkv, self.proj = nn.LayerNorm(dim), nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def heads(self, x, past):            # (b, n, dim) -> q, k, v, each (b, h, n, e)
+        "Queries, keys and values, each (b, h, n, e)."
         return rearrange(self.qkv(self.norm(x)), 'b n (s h e) -> s b h n e', s=3, e=self.head_dim)
 
     def forward(self, x:Tensor,          # (b, n, dim)
                 tau=1.,                  # temperature of the attention, or one a row (b, 1, 1, 1)
                 past=None):              # (k, v) -> k, v of all positions so far, when x holds new ones (several: and a mask)
+        "Attention over (b, n, dim), causal if the layer is; the residual is added by `Layer`."
         (q, k, v), mask = self.heads(x, past), None
         if past is not None: k, v, *rest = past(k, v); mask = rest[0] if rest else None
         if isinstance(tau, Tensor): q, tau = q / tau, 1.                        # one temperature a row
@@ -65,7 +68,7 @@ class Attention(nn.Module):
         x = attention(q, k, v, mask, causal, scale)
         return self.proj(rearrange(x, 'b h n e -> b n (h e)'))                  # (b, n, dim)
 
-# %% ../nbs/04_tarflow.ipynb #e3c7a6c2
+# %% ../nbs/04_tarflow.ipynb #cf0537fe
 class Mlp(nn.Module):
     "Two linear layers around an exact GELU, normalised before. TARFlow §3 (hidden width 4 dim)."
     def __init__(self, dim:int, expand:int=4):
@@ -73,7 +76,9 @@ class Mlp(nn.Module):
         self.norm, self.up = nn.LayerNorm(dim), nn.Linear(dim, expand * dim)
         self.down = nn.Linear(expand * dim, dim)
 
-    def forward(self, x): return self.down(F.gelu(self.up(self.norm(x))))
+    def forward(self, x):
+        "(b, n, dim) -> (b, n, dim), position by position."
+        return self.down(F.gelu(self.up(self.norm(x))))
 
 class Layer(nn.Module):
     "A pre-norm Transformer layer: x + attention, then x + MLP. TARFlow §2.3, Fig. 2."
@@ -84,16 +89,20 @@ class Layer(nn.Module):
     def forward(self, x:Tensor,          # (b, n, dim)
                 c=None,                  # (b or 1, dim) class vector, for kinds of layer that want it
                 *, tau:float=1., past=None):
+        "(b, n, dim) -> (b, n, dim)."
         x = x + self.attn(x, tau, past)
         return x + self.mlp(x)
 
-# %% ../nbs/04_tarflow.ipynb #198d8601
-def check_tau(tau): return check_number('tau', tau, 0, above=True, what='a temperature: a number above 0, 1 as in training')
+# %% ../nbs/04_tarflow.ipynb #af5c6462
+def check_tau(tau):
+    "The temperature, or a ValueError."
+    return check_number('tau', tau, 0, above=True, what='a temperature: a number above 0, 1 as in training')
 
 def check_tokens(block, x, name:str='x') -> None: # a block, or a flow over tokens
     "ValueError for what are not its tokens (b, n, d)."
     check_tensor(name, x, ' '.join(map(str, ('b', *block.z_shape)))); check_dtype(name, x, next(block.parameters()))
 
+# %% ../nbs/04_tarflow.ipynb #8bc4ce16
 class TokenTransformer(nn.Module):
     "The network of a block: projections, learned positions, classes, and causal layers. TARFlow §2.3, §3."
     causal, adds_class = True, True      # is the class vector added to the tokens? (layers may use it otherwise)
@@ -115,19 +124,26 @@ class TokenTransformer(nn.Module):
         self.layers = nn.ModuleList([layer(dim, head_dim, self.causal) for _ in range(layers)])
         self.proj_out = zero_(nn.Linear(dim, d_out if vp else 2 * d_out))
 
-    def widths(self): return self.z_shape[1], self.z_shape[1]                   # numbers read, steered; a hook for coupling, below
+    def widths(self):
+        "Numbers of a token that are read, and that are steered: a hook for coupling."
+        return self.z_shape[1], self.z_shape[1]
 
-    def class_embedding(self, classes, dim): return ClassEmbedding(classes, dim) if classes else None # a hook, chapter 13
+    def class_embedding(self, classes, dim):
+        "The class embedding, or None without classes: a hook for chapter 13."
+        return ClassEmbedding(classes, dim) if classes else None
 
     def class_vector(self, y, b):
+        "Labels -> class vectors (b or 1, dim), or None without classes."
         if self.embed is None: check_y(y, 0)
         return None if self.embed is None else self.embed(y, b)                 # (b or 1, dim)
 
     def embed_tokens(self, x, where, c): # (b, m, d) tokens read at positions `where` -> (b, m, dim)
+        "Tokens (b, m, d), read at the positions `where` -> (b, m, dim)."
         h = self.proj_in(x) + (self.pos_embed if self.order is None else self.pos_embed[self.order])[where]
         return h + c[:, None] if c is not None and self.adds_class else h
 
     def run(self, h, c, tau, features):  # (b, m, dim) -> (b, m, dim), {layer: (b, m, dim)}
+        "The layers: (b, m, dim) -> (b, m, dim), and the outputs of those asked for, {layer: (b, m, dim)}."
         check_tau(tau)
         if not isinstance(features, (tuple, list, set, frozenset)): raise ValueError(f'features: {features!r} came; give a list of layers')
         for l in features: check_whole('features', l, 1, len(self.layers), what=f'one of the layers 1..{len(self.layers)}')
@@ -137,15 +153,18 @@ class TokenTransformer(nn.Module):
             if l in features: feats[l] = h
         return h, feats
 
-    def head(self, h, c): return self.proj_out(h)                               # (b, m, dim), class vector -> (b, m, 2d); a hook, chapter 13
+    def head(self, h, c):
+        "(b, m, dim), class vector (b, dim) -> (b, m, 2d): a hook for chapter 13."
+        return self.proj_out(h)
 
     def split(self, out, like):          # output of the head -> mu, alpha
+        "Output of the head -> mu, alpha, each (b, m, d). TARFlow Eq. 3."
         out = out.to(like.dtype)                            # under bf16 autocast the affine map stays float32
         if self.vp: return out, torch.zeros_like(out)
         alpha, mu = out.chunk(2, -1)
         return mu, alpha
 
-# %% ../nbs/04_tarflow.ipynb #adc00796
+# %% ../nbs/04_tarflow.ipynb #8d5d2685
 class Conditioner(TokenTransformer):
     "mu and alpha of each token from the tokens read before it: the shift by one. TARFlow Eq. 3 and 4."
     def params(self, x:Tensor,           # (b, n, d) tokens in reading order
@@ -166,7 +185,8 @@ class Conditioner(TokenTransformer):
         "Position i alone: mu, alpha (b, d). `cache` grows by one position. TARFlow Eq. 4."
         check_tensor('x_prev', x_prev, f'b {self.z_shape[1]}'); check_dtype('x_prev', x_prev, self.proj_in.weight)
         check_whole('i', i, 0, self.z_shape[0] - 1, what=f'one of the positions 0..{self.z_shape[0] - 1}')
-        if not hasattr(cache, 'extend'): raise ValueError(f'cache: {type(cache).__name__} came; make a KVCache() and pass it from position to position')
+        if not hasattr(cache, 'extend'):
+            raise ValueError(f'cache: {type(cache).__name__} came; make a KVCache() and pass it from position to position')
         check_tau(tau)
         c = self.class_vector(y, len(x_prev))
         if i == 0: return torch.zeros_like(x_prev), torch.zeros_like(x_prev)    # nothing was read yet
@@ -177,13 +197,18 @@ class Conditioner(TokenTransformer):
             h = layer(h, c, tau=tau, past=past)
         return self.split(self.head(h, c)[:, 0], x_prev)
 
-# %% ../nbs/04_tarflow.ipynb #9e9f65cb
+# %% ../nbs/04_tarflow.ipynb #0ef35789
 class TarBlock(Conditioner, Flow):
     "One block: an affine autoregressive flow over tokens (b, n, d) in image order. TARFlow Eq. 3-5."
-    def read(self, x): return x if self.order is None else x[:, self.order]     # image order -> reading order
-    def unread(self, x): return x if self.back is None else x[:, self.back]
+    def read(self, x):
+        "Tokens in image order -> in reading order."
+        return x if self.order is None else x[:, self.order]
+    def unread(self, x):
+        "Tokens in reading order -> in image order."
+        return x if self.back is None else x[:, self.back]
 
     def forward(self, x, y=None):        # (b, n, d)
+        "Tokens (b, n, d) -> latents (b, n, d), logdet (b,). TARFlow Eq. 3."
         check_tokens(self, x)
         x = self.read(x)
         mu, alpha, _ = self.params(x, y)
@@ -191,6 +216,7 @@ class TarBlock(Conditioner, Flow):
         return self.unread(z), logdet
 
     def inverse(self, z, y=None):        # (b, n, d)
+        "Latents (b, n, d) -> tokens, one position after the other. TARFlow Eq. 4."
         check_tokens(self, z, 'z')
         z, cache, xs = self.read(z), KVCache(), []
         for i in range(z.shape[1]):
@@ -199,15 +225,17 @@ class TarBlock(Conditioner, Flow):
         return self.unread(torch.stack(xs, 1))
 
     def sparsity(self):
+        "(n d, n d): which entries of the Jacobian may differ from zero."
         n, d = self.z_shape
         rank = torch.arange(n) if self.back is None else self.back.cpu()        # when is a token read?
         before = (rank[None] < rank[:, None]).repeat_interleave(d, 0).repeat_interleave(d, 1)
         return before | torch.eye(n * d, dtype=torch.bool)
 
-# %% ../nbs/04_tarflow.ipynb #62b85f40
+# %% ../nbs/04_tarflow.ipynb #ee9f0660
 class BlockFlow(Flow):
     "Images (b, c, h, w) -> tokens -> `self.blocks`, one by one -> latents (b, n, d). TARFlow Fig. 2."
     def check(self, x):
+        "ValueError for what are not images of this flow."
         c, h, w = self.image_shape
         if not isinstance(x, Tensor) or not x.is_floating_point() or tuple(x.shape[1:]) != (c, h, w):
             came = f'shape {tuple(x.shape)} of {x.dtype}' if isinstance(x, Tensor) else type(x).__name__
@@ -215,6 +243,7 @@ class BlockFlow(Flow):
         check_dtype('x', x, next(self.parameters()))
 
     def forward(self, x, y=None):        # (b, c, h, w)
+        "Images (b, c, h, w) -> latents (b, n, d), logdet (b,) in nats."
         self.check(x)
         x, logdet = self.to_parts(x), 0.                                        # (b, n, d)
         for block in self.blocks:
@@ -223,14 +252,19 @@ class BlockFlow(Flow):
         return x, logdet
 
     def inverse(self, z, y=None):        # (b, n, d)
+        "Latents (b, n, d) -> images (b, c, h, w)."
         check_tokens(self, z, 'z')
         for block in reversed(self.blocks): z = block.inverse(z, y)
         return unpatchify(z, self.patch_size, self.image_shape)
 
-    def to_parts(self, x): return patchify(x, self.patch_size)
-    def parts(self): return list(self.blocks)
+    def to_parts(self, x):
+        "Images -> what the first block takes: tokens (b, n, d)."
+        return patchify(x, self.patch_size)
+    def parts(self):
+        "The blocks, in order."
+        return list(self.blocks)
 
-# %% ../nbs/04_tarflow.ipynb #cdb6f245
+# %% ../nbs/04_tarflow.ipynb #5a9b6bee
 def reading_order(order,                 # 'alternate', 'forward', 'reverse', or a permutation of 0..n-1
                   n:int, t:int):         # tokens; block, counted from 0
     "The order in which block t reads: None for the image's own, or a list. TARFlow §2.2."
@@ -243,21 +277,25 @@ def reading_order(order,                 # 'alternate', 'forward', 'reverse', or
     return [int(i) for i in order]
 
 def as_order(o): # a name or a permutation of any kind -> what JSON can hold
+    "A reading order as JSON holds it: a name, or a list of positions."
     if isinstance(o, str) or not hasattr(o, '__iter__'): return o
     return [check_whole('orders', i, 0) for i in (o.tolist() if hasattr(o, 'tolist') else o)]
 
 def per_block(name:str, v, one, blocks:int) -> list: # one: the kind of a value that stands for all blocks
     "One entry a block."
     each = [v] * blocks if isinstance(v, one) else v
-    if isinstance(each, bool) or not hasattr(each, '__len__') or len(each) != blocks: raise ValueError(f'{name}: {v!r} came for {blocks} blocks; give one for all, or one a block')
+    if isinstance(each, bool) or not hasattr(each, '__len__') or len(each) != blocks:
+        raise ValueError(f'{name}: {v!r} came for {blocks} blocks; give one for all, or one a block')
     return list(each)
 
+# %% ../nbs/04_tarflow.ipynb #1135159c
 def check_config(image_size, channels, patch_size, dim, blocks, layers, head_dim, classes, kind, orders) -> tuple:
     "(h, w, layers of each block, orders of each block); ValueError, by name, for what cannot be built."
     h, w = image_size if isinstance(image_size, (tuple, list)) and len(image_size) == 2 else (image_size, image_size)
     for v in (h, w): check_whole('image_size', v)
     for name, v in dict(channels=channels, patch_size=patch_size, dim=dim, blocks=blocks, head_dim=head_dim).items(): check_whole(name, v)
-    check_whole('classes', classes, 0, what='0 for an unconditional flow, or a number of classes'); check_choice('kind', kind, ('nvp', 'vp', 'coupling'))
+    check_whole('classes', classes, 0, what='0 for an unconditional flow, or a number of classes')
+    check_choice('kind', kind, ('nvp', 'vp', 'coupling'))
     layers, orders = per_block('layers', layers, int, blocks), [as_order(o) for o in per_block('orders', orders, str, blocks)]
     for k in layers: check_whole('layers', k)
     if h % patch_size or w % patch_size:
@@ -267,7 +305,7 @@ def check_config(image_size, channels, patch_size, dim, blocks, layers, head_dim
         raise ValueError("orders: a coupling block has no reading order; give 'alternate'")
     return h, w, layers, orders
 
-# %% ../nbs/04_tarflow.ipynb #0a4d76e0
+# %% ../nbs/04_tarflow.ipynb #d170a19a
 class TarFlow(BlockFlow, Pretrained):
     "TARFlow: images in [-1, 1] -> latents (b, n, d), by blocks that alternate their order. TARFlow §2.3."
     def __init__(self,
@@ -299,14 +337,18 @@ class TarFlow(BlockFlow, Pretrained):
         else: self.register_buffer('log_prior_var', log_var)
 
     def make_block(self, *sizes, order, layer=Layer):  # later chapters build other kinds
+        "One block of the kind asked for: a hook for later chapters."
         block = CouplingBlock if self.kind == 'coupling' else TarBlock
         return block(*sizes, order=order, vp=self.kind == 'vp', layer=layer)
 
     @property
-    def prior_var(self): return self.log_prior_var.exp()                        # (n, d)
+    def prior_var(self):
+        "The prior's variance (n, d): ones, but learned for VP. TARFlow §3.6."
+        return self.log_prior_var.exp()
 
     @classmethod
     def least(cls, image_size, channels, patch_size, dim, blocks, layers, classes=0, **more): # prior, positions, classes, matrices
+        "How many numbers such a model holds at least, before it is built."
         h, w = (image_size, image_size) if isinstance(image_size, int) else image_size
         return (h * w * channels + h * w // patch_size**2 * dim * blocks + classes * dim
                 + 12 * dim**2 * (layers * blocks if isinstance(layers, int) else sum(layers)))
@@ -316,14 +358,14 @@ class TarFlow(BlockFlow, Pretrained):
                         channels:int=3,  # of the image
                         head_dim:int=64, # width of a head
                         sigma:float=None): # of the noise that it was trained with: goes on the card, where `sample` looks for it
-        "A TarFlow from weights in the layout of github.com/apple/ml-tarflow; ValueError names what does not fit. TARFlow, App. A."
+        "A TarFlow from weights in the layout of github.com/apple/ml-tarflow; ValueError names what does not fit."
         if sigma is not None: check_number('sigma', sigma, 0)
         flow = cls(**published_config(state, channels, head_dim))      # the helpers come in the last section
         load_strictly(flow.to(state['blocks.0.proj_in.weight'].dtype), published_weights(state), 'state')
         flow.card = {'layout': 'ml-tarflow'} | ({} if sigma is None else {'sigma': sigma})
         return flow
 
-# %% ../nbs/04_tarflow.ipynb #3ec92f8d
+# %% ../nbs/04_tarflow.ipynb #928ddeb2
 class CouplingBlock(TarBlock):
     "Channel coupling: half of every token, by an unmasked Transformer, steers the other. TARFlow §3.6."
     causal = False
@@ -334,14 +376,17 @@ class CouplingBlock(TarBlock):
         super().__init__(n, d, *args, **kw)
 
     def keep(self):
+        "(d,) the half of a token that passes unchanged."
         first = torch.arange(self.z_shape[1]) < self.z_shape[1] // 2
         return ~first if self.flipped else first  # (d,) the half that passes
 
     def widths(self):
+        "Numbers that steer, numbers that are steered."
         half, rest = self.z_shape[1] // 2, self.z_shape[1] - self.z_shape[1] // 2
         return (rest, half) if self.flipped else (half, rest)
 
     def params(self, x, y=None, *, tau=1., features=()):
+        "mu, alpha (b, n, d) of all tokens, zero where a number passes; {layer: (b, n, dim)}."
         check_tokens(self, x)
         half, c = self.z_shape[1] // 2, self.class_vector(y, len(x))
         steers = x[..., half:] if self.flipped else x[..., :half]               # (b, n, half)
@@ -351,28 +396,34 @@ class CouplingBlock(TarBlock):
         return mu, alpha, feats
 
     def step(self, *args, **kw):
+        "ValueError: there is no order to step through."
         raise ValueError('kind: a coupling block has no positions to step through; call its `inverse`')
 
     def inverse(self, z, y=None):
+        "Latents (b, n, d) -> tokens, in one pass."
         check_tokens(self, z, 'z')
         return unaffine(z, *self.params(z, y)[:2])
 
     def sparsity(self):
+        "(n d, n d): which entries of the Jacobian may differ from zero."
         n, d = self.z_shape
         keep = self.keep().repeat(n)
         return torch.eye(n * d, dtype=torch.bool) | (~keep[:, None] & keep[None])
 
-# %% ../nbs/04_tarflow.ipynb #f2d4ead6
+# %% ../nbs/04_tarflow.ipynb #17685074
 def published_config(state:dict, channels:int, head_dim:int) -> dict:
     "The arguments of `TarFlow`, from the shapes of a published checkpoint; square images and patches."
     check_whole('channels', channels); check_whole('head_dim', head_dim)
     inside = [k for k, v in state.items() if isinstance(v, dict)] if isinstance(state, dict) else []
-    if inside: raise ValueError(f'state: a dictionary came whose keys are {", ".join(map(repr, list(state)[:5]))}; give state[{inside[0]!r}]')
+    if inside:
+        raise ValueError(f'state: a dictionary came whose keys are {", ".join(map(repr, list(state)[:5]))}; give state[{inside[0]!r}]')
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise ValueError(f'state: {type(state).__name__} came; give tensors by name: torch.load(path, weights_only=True) reads them, and runs nothing that a file holds')
+        raise ValueError(f'state: {type(state).__name__} came; give tensors by name: torch.load(path, weights_only=True) reads them, and '
+                         f'runs nothing that a file holds')
     for k, v in state.items():
         if not v.is_floating_point() and not k.endswith('attn_mask'): raise ValueError(f'state: {k} is {v.dtype}, must be floats')
-        if v.numel() * v.element_size() > v.untyped_storage().nbytes(): raise ValueError(f'state: {k} has shape {tuple(v.shape)}, but not as many numbers')
+        if v.numel() * v.element_size() > v.untyped_storage().nbytes():
+            raise ValueError(f'state: {k} has shape {tuple(v.shape)}, but not as many numbers')
     number = r'(\d{1,4})'                                 # of a block, of a layer
     blocks = {int(m[1]) for k in state if (m := re.match(rf'blocks\.{number}\.', k))}
     if not blocks or blocks != set(range(len(blocks))):
@@ -383,8 +434,11 @@ def published_config(state:dict, channels:int, head_dim:int) -> dict:
         classes, _, _ = state['blocks.0.class_embed'].shape if 'blocks.0.class_embed' in state else (0, 1, dim)
     except KeyError as e:
         raise ValueError(f'state: {e} is missing; this is not the published layout') from None
-    except (ValueError, IndexError): raise ValueError('state: pos_embed, proj_in, proj_out or class_embed of block 0 has too few or too many axes; this is not the published layout') from None
-    if (var := state.get('var')) is not None and not (var > 0).all(): raise ValueError('state: var, the variances of the prior, has values that are not above 0')
+    except (ValueError, IndexError):
+        raise ValueError('state: pos_embed, proj_in, proj_out or class_embed of block 0 has too few or too many axes; this is not the '
+                         'published layout') from None
+    if (var := state.get('var')) is not None and not (var > 0).all():
+        raise ValueError('state: var, the variances of the prior, has values that are not above 0')
     layers = [len({m[1] for k in state if (m := re.match(rf'blocks\.{t}\.attn_blocks\.{number}\.', k))}) for t in sorted(blocks)]
     if 0 in layers: raise ValueError(f'state: block {layers.index(0)} has no attn_blocks; this is not the published layout')
     patch, side = math.isqrt(d // channels), math.isqrt(n)
@@ -412,8 +466,9 @@ def published_weights(state:dict) -> dict:
     state = {'var': torch.ones(n, d), **state}
     return {rename(k): convert(k, v) for k, v in state.items() if not k.endswith('attn_mask')}
 
-# %% ../nbs/04_tarflow.ipynb #94b0d18e
+# %% ../nbs/04_tarflow.ipynb #58dd0cae
 def judge_exact(results):
+    "The verdicts on T2 and T3."
     worst = lambda k: max(row[k] for r in results for row in r['models'].values())
     models = sum(len(r['models']) for r in results)
     return {'T2': all_of(identity(worst('round_trip_64'), 1e-10, f'{models} models, round trip in float64'),
@@ -469,8 +524,9 @@ def exact_flow(seed, budget):
     for _ in fit(flow, data, steps=c['steps'], lr=1e-2, warmup=c['steps'] // 10): pass
     return {'models': models | {'T=4 K=1 trained': flow_errors(flow, x, y)}}
 
-# %% ../nbs/04_tarflow.ipynb #a6bd464f
+# %% ../nbs/04_tarflow.ipynb #680ab8ec
 def judge_t4(results):
+    "The verdict on T4."
     worst = lambda k: max(r[k] for r in results)
     exact = lambda k, what, tolerance=1e-10: identity(worst(k), tolerance, what)
     same = 'log-likelihood of the TARFlow and of the MAF with its blocks (nats)'
@@ -521,8 +577,10 @@ def maf_limit(seed, budget):
                 'first': size(torch.stack([mu, alpha])[:, :, 0]),
                 'first_of_maf': size(first), 'first_of_maf_varies': first.std(0).max().item()}
 
-# %% ../nbs/04_tarflow.ipynb #e25a7c4e
-def param_count(flow) -> int: return sum(p.numel() for p in flow.parameters())
+# %% ../nbs/04_tarflow.ipynb #d875103e
+def param_count(flow) -> int:
+    "How many parameters a module has."
+    return sum(p.numel() for p in flow.parameters())
 
 def free_count(flow) -> int:
     "Parameters that no mask of a MADE switches off."
@@ -582,8 +640,9 @@ def families(c:dict) -> dict: # {name: function that makes the flow}
     widths = {k: match_width(make, target, count) for k, (make, count) in made.items()}
     return {'tarflow': tarflow, **{k: functools.partial(make, widths[k]) for k, (make, _) in made.items()}}
 
-# %% ../nbs/04_tarflow.ipynb #c8cb8bd6
+# %% ../nbs/04_tarflow.ipynb #e28bd4ea
 def judge_t5(results):
+    "The verdict on T5."
     bits = lambda k: [r[k]['bits'] for r in results]
     steps = results[0]['steps']
     pairs = [lower(bits(a), bits(b), (a, b), 'bits/dim', steps)
@@ -625,10 +684,12 @@ def bits_per_dim(seed, budget):
                      'grid': [list(t[:4]) for t in tried], 'curve': [round(bits(v), 4) for v in looks]}
     return out
 
-# %% ../nbs/04_tarflow.ipynb #4d6277d4
-SWEEP = {'model': {'dim': 48, 'blocks': 8, 'layers': 1, 'head_dim': 24}, 'lr': 7e-3, 'weight_decay': .1, 'batch_size': 64, 'average': .99} # a recipe for digits, of the sweeps of chapters 04, 07, 08 and 10
+# %% ../nbs/04_tarflow.ipynb #359ac161
+# a recipe for digits, of the sweeps of chapters 04, 07, 08 and 10
+SWEEP = {'model': {'dim': 48, 'blocks': 8, 'layers': 1, 'head_dim': 24}, 'lr': 7e-3, 'weight_decay': .1, 'batch_size': 64, 'average': .99}
 # for one GPU: MNIST as it is, 49 tokens; the judge of FID shrinks every image to its own 8x8
-LARGER = {'data': 'mnist5k', 'device': 'cuda', 'model': {'image_size': 28, 'patch_size': 4, 'dim': 128, 'blocks': 8, 'layers': 2, 'head_dim': 32},
+LARGER = {'data': 'mnist5k', 'device': 'cuda',
+          'model': {'image_size': 28, 'patch_size': 4, 'dim': 128, 'blocks': 8, 'layers': 2, 'head_dim': 32},
           'lr': 2e-3, 'weight_decay': .1, 'batch_size': 128, 'average': .999}
 
 def judge_variants(results):
@@ -638,7 +699,7 @@ def judge_variants(results):
     return {'T16': all_of(*[lower(fid('nvp', what), fid(kind, what), (f'FID {how} of TARFlow', name))
                             for what, how in (('unguided', 'unguided'), ('guided', 'at its best w')) for kind, name in other.items()])}
 
-# %% ../nbs/04_tarflow.ipynb #5497dbe3
+# %% ../nbs/04_tarflow.ipynb #ab531de1
 @experiment('tarflow_variants', claims=('T16',), verdict=judge_variants, seeds={'smoke': 1, 'laptop': 5, 'gpu': 5},
             title='TARFlow, volume preserving and channel coupling: FID unguided and at the best w of each',
             config={'smoke': {**SWEEP, 'noise': '0.1', 'steps': 5, 'samples': 40, 'ws': [.5, 4.]},
@@ -659,12 +720,14 @@ def tarflow_variants(seed, budget):
         fid = lambda w, draw: guided_quality(flow, ClassGuidance(w), c, reference, 1000 * seed + draw)['fid']
         curve = {str(w): fid(w, 0) for w in (0., *c['ws'])}
         best = min(c['ws'], key=lambda w: curve[str(w)])
-        out[kind] = {'params': sum(p.numel() for p in flow.parameters()), 'bits': to_bits(mean_nll(flow, test, [GaussianNoise(float(c['noise']))])),
+        out[kind] = {'params': sum(p.numel() for p in flow.parameters()),
+                     'bits': to_bits(mean_nll(flow, test, [GaussianNoise(float(c['noise']))])),
                      'curve': curve, 'w': best, 'unguided': fid(0., 1), 'guided': fid(best, 1)}
     return out
 
-# %% ../nbs/04_tarflow.ipynb #e524c66b
-def by_shape(results) -> tuple: # results: {'TxK': ...} a seed -> (shapes of the largest product, more and more blocks, more and more layers)
+# %% ../nbs/04_tarflow.ipynb #8e9617fe
+def by_shape(results) -> tuple:
+    # results: {'TxK': ...} a seed -> (shapes of the largest product, more and more blocks, more and more layers)
     "The shapes of a sweep, sorted: those that share the product, and the two ways up from the smallest."
     shapes = [tuple(map(int, k.split('x'))) for k in results[0]]
     size = lambda s: s[0] * s[1]
@@ -683,12 +746,15 @@ def judge_shapes(results):
     return {'T14': all_of(*[better(square, s) for s in (*rest, alone)], *[better(s, alone) for s in rest]),
             'T15': all_of(*[better(*pair) for pair in up], *[better(*pair, 'bits', 'bits/dim', 'loss') for pair in up])}
 
-# %% ../nbs/04_tarflow.ipynb #da7d5dda
+# %% ../nbs/04_tarflow.ipynb #80037883
 @experiment('shape_sweep', claims=('T14', 'T15'), verdict=judge_shapes, seeds={'smoke': 1, 'laptop': 5, 'gpu': 4},
             title='blocks times layers: FID and loss at a fixed product, and as blocks or layers are added',
-            config={'smoke': {**SWEEP, 'noise': '0.1', 'steps': 4, 'samples': 40, 'shapes': [[1, 4], [2, 2], [4, 1], [1, 1], [2, 1], [1, 2]]},
-                    'laptop': {**SWEEP, 'noise': '0.1', 'steps': 800, 'samples': 1437, 'shapes': [[1, 9], [3, 3], [9, 1], [3, 1], [6, 1], [3, 2]]},
-                    'gpu': {**LARGER, 'noise': '0.1', 'samples': 4000, 'steps': 5000, 'shapes': [[1, 16], [2, 8], [4, 4], [8, 2], [16, 1], [2, 2], [4, 2], [2, 4]]}})
+            config={'smoke': {**SWEEP, 'noise': '0.1', 'steps': 4, 'samples': 40,
+                              'shapes': [[1, 4], [2, 2], [4, 1], [1, 1], [2, 1], [1, 2]]},
+                    'laptop': {**SWEEP, 'noise': '0.1', 'steps': 800, 'samples': 1437,
+                               'shapes': [[1, 9], [3, 3], [9, 1], [3, 1], [6, 1], [3, 2]]},
+                    'gpu': {**LARGER, 'noise': '0.1', 'samples': 4000, 'steps': 5000,
+                            'shapes': [[1, 16], [2, 8], [4, 4], [8, 2], [16, 1], [2, 2], [4, 2], [2, 4]]}})
 def shape_sweep(seed, budget):
     "T14, T15: one training a shape; loss on test and training digits, FID raw and denoised."
     from flowbook.data import load                           # what it measures with: later chapters
