@@ -258,7 +258,7 @@ def counts_table(rows:dict) -> str:
     lines += [line([name, sum(t.values()), *(t[s] or '' for s in states)]) for name, t in table.items()]
     return '\n'.join([*lines, line(['**together**', f'**{sum(total)}**', *(f'**{n}**' for n in total)])])
 
-# %% ../nbs/18_claims.ipynb #637f6b54
+# %% ../nbs/18_claims.ipynb #198d7905
 def unseen(sentence:str) -> bool:
     "Whether a part of a reason says 'not seen'."
     return 'of repetitions' in sentence or 'no spread' in sentence
@@ -277,7 +277,7 @@ def telling(r) -> tuple: # a Reading -> (the part that decides its state, the ot
         if r.state == 'not seen': return unseen(s)
         if r.state == 'seen': return 'tolerance' not in s
         m = re.search(r'(difference|a factor of) \S+, 95% interval (\S+) to', s)
-        return r.state == 'reversed' and m and float(m[2]) > (m[1] != 'difference')
+        return r.state == 'reversed' and m and not unseen(s) and float(m[2]) > (m[1] != 'difference')
     said = sentences(r.reason)
     first = next((s for s in said if decides(s)), said[0])
     return first, [s for s in said if s is not first]
