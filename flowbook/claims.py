@@ -258,17 +258,18 @@ def counts_table(rows:dict) -> str:
     lines += [line([name, sum(t.values()), *(t[s] or '' for s in states)]) for name, t in table.items()]
     return '\n'.join([*lines, line(['**together**', f'**{sum(total)}**', *(f'**{n}**' for n in total)])])
 
-# %% ../nbs/18_claims.ipynb #198d7905
+# %% ../nbs/18_claims.ipynb #a445adb5
 def unseen(sentence:str) -> bool:
     "Whether a part of a reason says 'not seen'."
     return 'of repetitions' in sentence or 'no spread' in sentence
 
 def leaning(r) -> str: # a Reading
-    "Where the means of what is not seen point: along the claim, against it, some each; nothing for other states."
+    "Where the means of what is not seen point: along the claim, against it, some each; nothing if equal, and for other states."
     if r.state != 'not seen': return ''
     judged, _, _ = r.reason.partition('; not judged: ')
     means = [re.search(r'(difference|a factor of) (-?[\d.]+(?:e[+-]?\d+)?)', s) for s in sentences(judged) if unseen(s)]
-    along = {float(m[2]) < (m[1] != 'difference') for m in means if m}
+    apart = [float(m[2]) - (m[1] != 'difference') for m in means if m]
+    along = {d < 0 for d in apart if d}
     return {(True,): '↑', (False,): '↓', (False, True): '↕'}.get(tuple(sorted(along)), '')
 
 def telling(r) -> tuple: # a Reading -> (the part that decides its state, the others)
