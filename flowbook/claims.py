@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PAPERS', 'POSITIVE', 'FULL_SCALE', 'OUR_BOUND', 'TARFLOW', 'R_REPA', 'SIMFLOW', 'CLAIMS', 'MORE', 'MARKS', 'DIT',
            'Claim', 'printed', 'check_claim', 'figures', 'Reading', 'reading', 'Row', 'row', 'ledger', 'counts',
-           'counts_table', 'parts', 'unseen', 'leaning', 'telling', 'of_reading', 'in_html', 'as_html', 'as_text',
-           'squares', 'not_positive', 'without_power', 'tarflow_corrections', 'rrepa_corrections',
-           'simflow_corrections', 'notation_error', 'corrections']
+           'counts_table', 'unseen', 'leaning', 'telling', 'of_reading', 'in_html', 'as_html', 'as_text', 'squares',
+           'not_positive', 'without_power', 'tarflow_corrections', 'rrepa_corrections', 'simflow_corrections',
+           'notation_error', 'corrections']
 
-# %% ../nbs/18_claims.ipynb #3f0eac4b
+# %% ../nbs/18_claims.ipynb #74d9afc6
 import html, re
 from dataclasses import dataclass
 from statistics import correlation
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from .configs import CONFIGS, parameters
 from .data import check_choice
-from .evidence import BUDGETS, STATES, difference, load_result, lower, per_seed, registry, result_path, verdicts
+from .evidence import BUDGETS, STATES, difference, load_result, lower, per_seed, registry, result_path, sentences, verdicts
 from .flows import shake
 from .guidance import linear
 from .scripts.bench import RREPA_SPEED
@@ -258,21 +258,18 @@ def counts_table(rows:dict) -> str:
     lines += [line([name, sum(t.values()), *(t[s] or '' for s in states)]) for name, t in table.items()]
     return '\n'.join([*lines, line(['**together**', f'**{sum(total)}**', *(f'**{n}**' for n in total)])])
 
-# %% ../nbs/18_claims.ipynb #96b66932
-def parts(reason:str) -> list:
-    "The sentences of a reason that `all_of` has joined."
-    return re.split(r'; (?!with this spread|\d+ seeds?[:, ]|no spread)', reason)
-
+# %% ../nbs/18_claims.ipynb #a445adb5
 def unseen(sentence:str) -> bool:
     "Whether a part of a reason says 'not seen'."
     return 'of repetitions' in sentence or 'no spread' in sentence
 
 def leaning(r) -> str: # a Reading
-    "Where the means of what is not seen point: along the claim, against it, some each; nothing for other states."
+    "Where the means of what is not seen point: along the claim, against it, some each; nothing if equal, and for other states."
     if r.state != 'not seen': return ''
     judged, _, _ = r.reason.partition('; not judged: ')
-    means = [re.search(r'(difference|a factor of) (-?[\d.]+(?:e[+-]?\d+)?)', s) for s in parts(judged) if unseen(s)]
-    along = {float(m[2]) < (m[1] != 'difference') for m in means if m}
+    means = [re.search(r'(difference|a factor of) (-?[\d.]+(?:e[+-]?\d+)?)', s) for s in sentences(judged) if unseen(s)]
+    apart = [float(m[2]) - (m[1] != 'difference') for m in means if m]
+    along = {d < 0 for d in apart if d}
     return {(True,): '↑', (False,): '↓', (False, True): '↕'}.get(tuple(sorted(along)), '')
 
 def telling(r) -> tuple: # a Reading -> (the part that decides its state, the others)
@@ -281,18 +278,18 @@ def telling(r) -> tuple: # a Reading -> (the part that decides its state, the ot
         if r.state == 'not seen': return unseen(s)
         if r.state == 'seen': return 'tolerance' not in s
         m = re.search(r'(difference|a factor of) \S+, 95% interval (\S+) to', s)
-        return r.state == 'reversed' and m and float(m[2]) > (m[1] != 'difference')
-    said = parts(r.reason)
+        return r.state == 'reversed' and m and not unseen(s) and float(m[2]) > (m[1] != 'difference')
+    said = sentences(r.reason)
     first = next((s for s in said if decides(s)), said[0])
     return first, [s for s in said if s is not first]
 
-# %% ../nbs/18_claims.ipynb #378857f9
+# %% ../nbs/18_claims.ipynb #4d1369a3
 MARKS = {'exact': '=', 'seen': '+', 'reversed': '−', 'not seen': '○', 'failed': '!', 'not judged': '?', 'preset': '□', 'not run': '·',
          'stale': '~'}
 
 def of_reading(r:Reading) -> str:
     "One reading in HTML: the reason sentence by sentence, the seeds, the command."
-    said = ''.join(f'<li>{html.escape(s)}</li>' for s in parts(r.reason))
+    said = ''.join(f'<li>{html.escape(s)}</li>' for s in sentences(r.reason))
     n = len(r.seeds)
     where = f'{n} seed{"s" * (n > 1)}' + f', {r.steps:,} steps' * bool(r.steps) + f', {html.escape(r.device)}' * bool(r.device) if n else ''
     return f'<ul>{said}</ul>' + (f'{where}<br>' if where else '') + (f'<code>{html.escape(r.command)}</code>' if r.command else '')

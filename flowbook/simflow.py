@@ -391,7 +391,7 @@ class FlowNLL:
     name = 'nll'
     def __call__(self, s): return -s.model.flow.log_prob(s.latent.x, s.y if s.model.classes else None).mean() / s.model.N
 
-# %% ../nbs/13_simflow.ipynb #aaf5e643
+# %% ../nbs/13_simflow.ipynb #b47d3cc9
 class Entropy:
     "Minus the entropy of q, averaged over latent dimensions: a constant where the variance is fixed. SimFlow Eq. 5, 34."
     name = 'minus entropy'
@@ -405,7 +405,7 @@ class NormalNLL:
     name = 'normal'
     def __call__(self, s): return -normal_log_prob(s.latent.x).mean() / s.model.N
 
-# %% ../nbs/13_simflow.ipynb #5a84c3af
+# %% ../nbs/13_simflow.ipynb #3e1cde25
 class Joint(nn.Module):
     "An `Objective`: weighted terms of one forward pass, one backward pass through encoder, decoder and flow. SimFlow Eq. 4, 36."
     calls_forward = False                # of the model: its parts are run one by one, and so `fit(compile=True)` would do nothing
@@ -432,7 +432,7 @@ class Joint(nn.Module):
         spread = latent.mu.detach().flatten(1).var(0).mean().sqrt() if len(image) > 1 else latent.mu.new_zeros(())
         return {'loss': loss.detach(), **{k: v.detach() for k, v in found.items()}, 'spread': spread, 'sigma': latent.sigma}
 
-# %% ../nbs/13_simflow.ipynb #336700a8
+# %% ../nbs/13_simflow.ipynb #7e224b21
 class Mixed:
     "x' = t x + noise(t) e with t uniform in `low`..1, one a sample: the base of `Linear` and `Slerp`. SimFlow Table 6."
     def __init__(self, low:float=0.):
@@ -461,7 +461,7 @@ class Slerp(Mixed):
         "Standard deviation of the noise where the latent keeps the share t."
         return (1 - t**2).clamp(min=0).sqrt()
 
-# %% ../nbs/13_simflow.ipynb #7ef26a3e
+# %% ../nbs/13_simflow.ipynb #80a84509
 KINDS = {k.__name__: k for k in (Unperturbed, Additive, Linear, Slerp, Mean, Learned)}
 
 def posterior_of(config:dict, within:bool=False): # what `.config` of a posterior or a perturbation gave
@@ -584,7 +584,7 @@ def training(config:dict, data, seed:int=0, every:int=25, # see DIGITS; yields (
     yield {'step': 0}, model.eval()
     yield from stage(v, c['steps'], c['average'])
 
-# %% ../nbs/13_simflow.ipynb #3fd4a098
+# %% ../nbs/13_simflow.ipynb #6347abac
 def train_simflow(config:dict=DIGITS, data=None, seed:int=0) -> SimFlow:
     "Train as a configuration says; the last model of `training`."
     if not isinstance(config, dict) or not {'data', 'steps', 'variant'} <= config.keys():
@@ -601,7 +601,7 @@ def spread_of(model:SimFlow, image:Tensor) -> dict:
     return {'spread': latent.mu.flatten(1).var(0).mean().sqrt().item(), 'sigma': latent.sigma.item(),
             'rms': latent.mu.square().mean().sqrt().item()}
 
-# %% ../nbs/13_simflow.ipynb #aefcf65d
+# %% ../nbs/13_simflow.ipynb #83c12718
 def psnr(image:Tensor, xhat:Tensor) -> float: # (b, c, h, w) twice
     "Peak signal-to-noise ratio in dB, as in chapter 05."
     if check_tensor('image', image, 'b c h w').shape != check_tensor('xhat', xhat, 'b c h w').shape or not len(image):
@@ -622,7 +622,7 @@ def judged_samples(x:Tensor, y:Tensor, reference) -> dict:
     x = shrunk(x.float().cpu().nan_to_num(-1., 1., -1.).clamp(-1, 1))
     return {'fid': evaluate(x, reference, 'fid', 'digits')['fid'], 'agreement': agreement(digit_classifier(), x, y)}
 
-# %% ../nbs/13_simflow.ipynb #28f42c7b
+# %% ../nbs/13_simflow.ipynb #66fff2b9
 def share_of(run:dict) -> float: # of one seed
     "Spread at the end, as a share of the spread at the start."
     return run['spread'][-1] / run['spread'][0]
@@ -631,9 +631,9 @@ def judge_collapse(results):
     "The verdicts on S4 and S5: collapse is a spread under a tenth of its start; the floor of 16 dB was set after the runs."
     share, db = (lambda k: [share_of(r[k]) for r in results]), lambda k: [r[k]['psnr'][-1] for r in results]
     n = len(results)
-    falls = lambda k: lower(share(k), [.1] * n, (f'share of the spread left, {k}', 'the bound'))
+    falls = lambda k: lower(share(k), [.1] * n, (f'share of the spread left: {k}', 'the bound'))
     stays = lambda k: lower([.1] * n, share(k), ('the bound', f'share of the spread left, {k}'))
-    better = lambda k: lower(db(k), db('fixed'), (f'PSNR, {k}', 'fixed'), 'dB')
+    better = lambda k: lower(db(k), db('fixed'), (f'PSNR: {k}', 'fixed'), 'dB')
     beside = lambda *names: ''.join(f'; {k} keeps {summary(share(k)).mean:.3g}' for k in names if k in results[0])
     s4 = all_of(falls('none'), falls('learned, no entropy'), stays('fixed'), 
                 lower([16.] * n, db('fixed'), ('the floor', 'PSNR, fixed'), 'dB'))
@@ -643,7 +643,7 @@ def judge_collapse(results):
     return {'S4': Verdict(s4.state, f'{s4.reason}; the floor was set after the runs; {said}'),
             'S5': Verdict(s5.state, s5.reason + beside('none x5', 'linear x5'))}
 
-# %% ../nbs/13_simflow.ipynb #8f5cf0b8
+# %% ../nbs/13_simflow.ipynb #80f2e40b
 @experiment('simflow_collapse', claims=('S4', 'S5'), verdict=judge_collapse, seeds={'smoke': 1, 'laptop': 3, 'gpu': 3},
             title='joint training on digits: spread of mu and PSNR over the steps, by what spreads the latents; '
                   'some with five times the reconstruction',
@@ -671,7 +671,7 @@ def simflow_collapse(seed, budget):
         out[name] = {**{k: [r[k] for r in runs] for k in runs[0]}, **judged_samples(x, y, reference)}
     return out
 
-# %% ../nbs/13_simflow.ipynb #1f80515f
+# %% ../nbs/13_simflow.ipynb #04591398
 class AlignedNLL(nn.Module):
     "The flow's term, and features of its middle aligned with a vision encoder's: REPA-E if latents have a graph. SimFlow §4.2, Table 9."
     def __init__(self, strategy,         # Forward([(3, 1)]) in the paper. Detach and Reverse cut before the block: the VAE learns nothing
@@ -735,7 +735,7 @@ def judge_simflow_guidance(results):
 # size S with a narrow Transformer
 LONG = dict(image_size=16, channels=64, patch_size=1, dim=64, blocks=6, layers=[2] * 6, head_dim=32, classes=10)
 
-# %% ../nbs/13_simflow.ipynb #fe712fa0
+# %% ../nbs/13_simflow.ipynb #7de2e449
 @experiment('simflow_guidance', claims=('S8', 'S9'), verdict=judge_simflow_guidance, seeds={'smoke': 1, 'laptop': 5, 'gpu': 5},
             title="STARFlow's guidance alone and with Eq. 6: FID over w, best against best, and the time", clock=('seconds',),
             config={'smoke': {**DIGITS, 'steps': 3, 'samples': 20, 'ws': [0., 1.], 'gammas': ['0', '0.25'], 'batches': [1], 'rounds': 1,
@@ -786,7 +786,7 @@ def between(model:SimFlow, a:Tensor, b:Tensor, steps:int=8) -> Tensor: # (c, h, 
     mu, t = model.latent(torch.stack([a, b])).mu, torch.linspace(0, 1, steps).view(-1, 1, 1, 1).to(a)
     return model.decode((1 - t) * mu[0] + t * mu[1])
 
-# %% ../nbs/13_simflow.ipynb #9a044c29
+# %% ../nbs/13_simflow.ipynb #211ebca9
 def check_latents(x:Tensor) -> None:
     "ValueError for what are no latents (b, d, u, v) of two places or more."
     check_tensor('x', x, 'b d u v', what='give latents')
@@ -831,7 +831,7 @@ def latent_statistics(x:Tensor) -> dict: # (b, d, u, v)
     return {'spectral entropy': spectral_entropy(x), 'high-frequency ratio': high_frequency(x), 'total variation': total_variation(x),
             'autocorrelation': autocorrelation(x)}
 
-# %% ../nbs/13_simflow.ipynb #b9a1fdeb
+# %% ../nbs/13_simflow.ipynb #36faea46
 @torch.no_grad()
 def against_noise(model:SimFlow, image:Tensor, noises, seed:int) -> dict:
     "PSNR from mu + noise e, by the noise. SimFlow Fig. 3a."
@@ -848,7 +848,7 @@ def halfway(model:SimFlow, image:Tensor, y:Tensor, reference) -> dict:
     return {'fid': evaluate(seen, reference, 'fid', 'digits')['fid'], 'sure': digit_classifier()(seen).softmax(1).amax(1).mean().item(),
             'blend': psnr((image[pairs] + image[other[pairs]]) / 2, x)}
 
-# %% ../nbs/13_simflow.ipynb #7d852b6b
+# %% ../nbs/13_simflow.ipynb #937ca469
 def judge_robust(results):
     "The verdicts on S6 and S7: VAEs trained alone, and the same variance alone and end to end."
     get = lambda name, *keys: [_at(r[name], keys) for r in results]
@@ -859,20 +859,20 @@ def judge_robust(results):
     said = lambda k, a, b: f'{k} {summary(a).mean:.3g} and {summary(b).mean:.3g} ({compare(a, b).verdict})'
     beside = '; without the mean of mu over images: ' + ', '.join(said(*v) for v in centred)
     joint = lambda k, sign=1: lower(side('fixed', k, sign), side('vae, fixed', k, sign),
-                                    (f'{"minus " * (sign < 0)}{k}, end to end', 'VAE alone'))
+                                    (f'{"minus " * (sign < 0)}{k}: end to end', 'VAE alone'))
     s7 = all_of(*(joint(k) for k in ('spectral entropy', 'high-frequency ratio', 'total variation')), joint('autocorrelation', -1))
     lines = '; '.join(f'FID of midpoints, {a} {summary(get(a, "halfway", "fid")).mean:.4g}'
                       for a in ('vae, learned', 'vae, fixed', 'fixed'))
     s6 = all_of(lower(get('vae, learned', 'psnr', most), get('vae, fixed', 'psnr', most),
-                      (f'PSNR at noise {most}, learned variance', 'fixed'), 'dB'),
-                lower(lost('vae, fixed'), lost('vae, learned'), (f'PSNR lost by noise {most}, fixed', 'learned'), 'dB'))
+                      (f'PSNR at noise {most}: learned variance', 'fixed'), 'dB'),
+                lower(lost('vae, fixed'), lost('vae, learned'), (f'PSNR lost by noise {most}: fixed', 'learned'), 'dB'))
     return {'S6': Verdict(s6.state, f'{s6.reason}; not judged: {lines}'), 'S7': Verdict(s7.state, s7.reason + beside)}
 
 def _at(d, keys):
     for k in keys: d = d[k]
     return d
 
-# %% ../nbs/13_simflow.ipynb #80077f93
+# %% ../nbs/13_simflow.ipynb #68fb25a8
 @experiment('simflow_robust', claims=('S6', 'S7'), verdict=judge_robust, seeds={'smoke': 1, 'laptop': 5, 'gpu': 5},
             title='a VAE alone with learned and with fixed variance, and end to end: PSNR against latent noise, midpoints, '
                   'four statistics of the latents',
@@ -912,7 +912,7 @@ def flow_config(size:Size, channels:int=64, side:int=16, classes:int=1000) -> di
     return dict(image_size=side, channels=channels, patch_size=1, dim=size.dim, blocks=6, layers=(2, 2, 2, 2, 2, size.deep),
                 head_dim=size.dim // size.heads, classes=classes)
 
-# %% ../nbs/13_simflow.ipynb #c25c77b3
+# %% ../nbs/13_simflow.ipynb #4207d68c
 def paper_model(size:str='S', image_size:int=256, d:int=64, classes:int=1000, posterior=None, norm:bool=True) -> SimFlow:
     "SimFlow at full size: diffusers' autoencoder (f16) and the flow of Table 8. 256x256: 16x16 tokens; 512x512: 32x32."
     check_choice('size', size, SIZES); check_whole('d', d)
@@ -935,7 +935,7 @@ class TwoStages:
         t = (step - first) / max(1, steps - 1 - first)
         return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * min(1., t))) / 2
 
-# %% ../nbs/13_simflow.ipynb #9b8b6b7f
+# %% ../nbs/13_simflow.ipynb #aaa22b2b
 class Perceptual:
     "A distance of images such as LPIPS, averaged over images. SimFlow §4.1."
     name = 'perceptual'
@@ -958,7 +958,7 @@ class PatchCritic(nn.Sequential):
             last = wide
         super().__init__(*layers, nn.Conv2d(last, 1, 4, 1, 1))
 
-# %% ../nbs/13_simflow.ipynb #9979a32f
+# %% ../nbs/13_simflow.ipynb #24e5b2bb
 class Adversarial(nn.Module):
     "Hinge losses of decoder and critic in one backward pass: each sees the other as fixed. LDM; SimFlow §4.1."
     def __init__(self, critic:nn.Module, # (b, c, h, w) -> scores of any shape
@@ -1026,7 +1026,7 @@ def averaging_error(seed:int) -> float:
     summed = torch.autograd.grad((model.decode(x) - image).square().sum() - 64 / 128 * model.flow.log_prob(x, y).sum(), used)
     return max(((3 * 64 * p.grad - b).norm() / b.norm()).item() for p, b in zip(used, summed) if b.norm() > 1e-6)
 
-# %% ../nbs/13_simflow.ipynb #2e6fc3d9
+# %% ../nbs/13_simflow.ipynb #6e099ff3
 def judge_exact(results):
     "The verdicts on the identities."
     worst = lambda k: max(r[k] for r in results)

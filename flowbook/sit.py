@@ -204,13 +204,13 @@ def train_sit(config:dict=DIGITS_SIT, data=None, seed:int=0, every:int=25): # yi
     check_number('config, average', config['average'], 0, 1, below=True); check_choice('config, variant', config['variant'], VARIANTS)
     return training(config, data, seed, every, Velocity(), SimDiffusion)
 
-# %% ../nbs/13_sit.ipynb #cfbc1ec3
+# %% ../nbs/13_sit.ipynb #20bbe053
 def judge_diffusion(results):
     "The verdict on S14, written before the runs: FID of joint below frozen, and of the spread a tenth stays, or, if learned, goes."
     get, n = lambda name, k: [r[name][k] for r in results], len(results)
     spread = lambda name: [r[name]['spread'][-1] for r in results]
     joint, frozen, control = 'fixed, no norm', 'frozen vae, learned', 'learned, no entropy'
-    better = lower(get(joint, 'fid'), get(frozen, 'fid'), ('FID of samples, VAE and SiT joint with fixed variance', 'behind a frozen VAE'))
+    better = lower(get(joint, 'fid'), get(frozen, 'fid'), ('FID of samples: joint with fixed variance', 'behind a frozen VAE'))
     stays = lower([.1] * n, [share_of(r[joint]) for r in results], ('the bound', 'spread of mu, fixed, in shares of its start'))
     falls = lower([a / b for a, b in zip(spread(control), spread(joint))], [.1] * n,
                   (f'spread of mu, {control}, in shares of fixed', 'the bound'))

@@ -56,7 +56,7 @@ def swept(c:dict, seed:int, rows:dict, term=lambda name: None) -> dict: # rows: 
         out[name] = measured(model, image, reference, c, seed)
     return out
 
-# %% ../nbs/13_variants.ipynb #0133894e
+# %% ../nbs/13_variants.ipynb #1a052d03
 def smaller(a, b,                # FIDs, one a seed
             names:tuple) -> Verdict: # what a and b are called
     "The verdict on the claim that a is lower than b, for numbers that differ by a factor: `lower` on their logarithms."
@@ -79,7 +79,7 @@ def fid_smaller(results:list, a:str, b:str, key:str='fid', share:float=1.) -> Ve
     "Whether row a has the lower FID than row b."
     beside = f'{b}' if share == 1 else f'{share:g} times {b}'
     return smaller(column(results, a, key), [share * v for v in column(results, b, key)],
-                   (f'FID {"at the best w" if key == "fid_guided" else "unguided"}, {a}', beside))
+                   (f'FID {"at the best w" if key == "fid_guided" else "unguided"}: {a}', beside))
 
 # %% ../nbs/13_variants.ipynb #8bcc6436
 FROZEN = 'frozen vae, learned', 'frozen vae, fixed', 'frozen vae, fixed, norm'
@@ -132,7 +132,7 @@ def channel_bits(sigma:float, power:float=1.) -> float: # standard deviation of 
     check_number('sigma', sigma, 0, above=True); check_number('power', power, 0)
     return .5 * math.log2(1 + power / sigma**2)
 
-# %% ../nbs/13_variants.ipynb #0ac94ad2
+# %% ../nbs/13_variants.ipynb #2c09ea23
 def moderate(results:list, names, key:str='fid_guided') -> list: # one number a seed
     "The figure of the row of `names` that was best on the samples for choosing, seed by seed."
     return [r[min(names, key=lambda k: min(r[k]['curve'].values()))][key] for r in results]
@@ -140,7 +140,7 @@ def moderate(results:list, names, key:str='fid_guided') -> list: # one number a 
 def judge_sigma(results):
     "The verdict on S11: the better of 0.5 and 0.75 against both ends, each at its best w."
     middle = moderate(results, ('0.5', '0.75'))
-    ends = [smaller(middle, column(results, k, 'fid_guided'), ('FID at the best w, the better of sigma 0.5 and 0.75', f'sigma {k}'))
+    ends = [smaller(middle, column(results, k, 'fid_guided'), ('FID at the best w: the better of sigma 0.5 and 0.75', f'sigma {k}'))
             for k in ('0.1', '1')]
     best = [min(r, key=lambda k: min(r[k]['curve'].values())) for r in results]
     falls = lower(column(results, '1', 'psnr'), column(results, '0.1', 'psnr'), ('PSNR at sigma 1', 'at 0.1'), 'dB')
@@ -169,7 +169,7 @@ def beta_at(d:int, weight:float=1., pixels:int=64, n:int=16) -> float: # width; 
     check_whole('d', d); check_number('weight', weight, 0, above=True); check_whole('pixels', pixels); check_whole('n', n)
     return pixels / (n * d * weight)
 
-# %% ../nbs/13_variants.ipynb #2d81e26e
+# %% ../nbs/13_variants.ipynb #2314d2da
 def judge_width(results):
     "The verdict on S10, at weight 1: PSNR rises from width to width, and the best of the inner widths is ahead of both ends."
     shared = [r['weight 1'] for r in results]
@@ -177,7 +177,7 @@ def judge_width(results):
     rises = [lower(column(shared, a, 'psnr'), column(shared, b, 'psnr'), (f'PSNR at width {a}', f'at {b}'), 'dB')
              for a, b in zip(ds, ds[1:])]
     middle = moderate(shared, ds[1:-1])
-    ends = [smaller(middle, column(shared, k, 'fid_guided'), ('FID at the best w, the best inner width', f'width {k}'))
+    ends = [smaller(middle, column(shared, k, 'fid_guided'), ('FID at the best w: the best inner width', f'width {k}'))
             for k in (ds[0], ds[-1])]
     best = lambda rows: ', '.join(min(r, key=lambda k: min(r[k]['curve'].values())) for r in rows)
     v = all_of(*ends, *rises)

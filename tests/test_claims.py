@@ -30,7 +30,7 @@ def test_53_claims_each_with_a_state():
 
 
 def test_what_must_hold_holds():
-    assert C.not_positive(ROWS) == [] and len(C.POSITIVE) == 22
+    assert C.not_positive(ROWS) == [] and len(C.POSITIVE) == 21
 
 
 def test_no_result_is_stale(): assert [k for k, r in ROWS.items() for x in (r.decides, *r.beside) if x.state == 'stale'] == []
@@ -95,6 +95,27 @@ def test_two_experiments_need_a_word_on_which_decides():
     assert several
     with pytest.raises(ValueError, match='must name'): C.row(several[0]._replace(decides=''))
     with pytest.raises(ValueError, match='must name'): C.row(several[0]._replace(decides='no such'))
+
+
+def test_where_means_point():
+    "Along the claim is lower, as everywhere; two that are not seen may point to both sides; what is not judged does not count."
+    a, b = ([1., 2., 3.], [1.1, 2., 3.]), ([5., 1., 3.], [1., 2., 3.])
+    along, against = (ev.lower(*v, ('a', 'b')) for v in (a, b))
+    assert {v.state for v in (along, against)} == {'not seen'}
+    arrow = lambda *v: C.leaning(C.Reading('x', *ev.all_of(*v)))
+    assert [arrow(along), arrow(against), arrow(along, against)] == ['↑', '↓', '↕']
+    assert C.leaning(C.Reading('x', 'not seen', f'{along.reason}; not judged: {against.reason}')) == '↑' and C.leaning(ROWS['T1'].decides) == ''
+    assert {C.leaning(r.decides) for r in ROWS.values() if r.state != 'not seen'} == {''}
+
+
+def test_squares_lead_to_rows():
+    page = C.squares(ROWS)
+    assert all(f'href="#{k}"' in page and f'>{k}<br>{C.MARKS[r.state]}{C.leaning(r.decides)}<' in page for k, r in ROWS.items())
+
+
+def test_the_part_that_decides_comes_first():
+    "An identity is no reason for 'seen'; T9 has one, and a direction."
+    assert 'tolerance' not in C.telling(ROWS['T9'].decides)[0] and any('tolerance' in s for s in C.telling(ROWS['T9'].decides)[1])
 
 
 def test_counts_add_up():

@@ -10,4 +10,4 @@ DOORS = [
     door('ledger', lambda tmp: dict(out=tmp))._replace(bad=dict(out=[v for v in FOLDERS if v is not None])),
     door('as_html', lambda tmp: dict(rows={}, paper='T'), paper=['X', None, 3, 'TARFlow']),
 ]
-INNER = {'records': 'Claim Reading Row', 'made from what `ledger` returned': 'counts counts_table as_text plot_ledger not_positive without_power of_reading parts telling', 'sentences from figures, rows and results': 'corrections tarflow_corrections rrepa_corrections simflow_corrections notation_error', 'a step of `row`': 'reading', 'the check itself': 'check_claim'}
+INNER = {'records': 'Claim Reading Row', 'made from what `ledger` returned': 'counts counts_table as_text squares in_html not_positive without_power of_reading unseen leaning telling', 'sentences from figures, rows and results': 'corrections tarflow_corrections rrepa_corrections simflow_corrections notation_error', 'a step of `row`': 'reading', 'the check itself': 'check_claim'}
