@@ -83,7 +83,7 @@ def cannot_keep(name, t) -> str|None:
     if t.device.type == 'meta': return f'{name} is on the meta device and has no numbers'
     if t.dtype not in DTYPES: return f'{name} is {t.dtype}: give one of {", ".join(str(d)[6:] for d in DTYPES)}'
 
-# %% ../nbs/15_checkpoint.ipynb #248d0327
+# %% ../nbs/15_checkpoint.ipynb #88fe8ed6
 def check_json(value, name:str='meta') -> None:
     "ValueError for what JSON would bring back as something else; names the entry."
     if isinstance(value, dict):
@@ -92,11 +92,13 @@ def check_json(value, name:str='meta') -> None:
         for k, v in value.items(): check_json(v, f'{name}.{k}')
     elif isinstance(value, list):
         for k, v in enumerate(value): check_json(v, f'{name}[{k}]')
-    elif type(value) is float and not math.isfinite(value): raise ValueError(f'{name}: {value} is no number of JSON; give None, or a string')
+    elif type(value) is float and not math.isfinite(value):
+        raise ValueError(f'{name}: {value} is no number of JSON; give None, or a string')
     elif value is not None and type(value) not in (bool, int, float, str):
-        raise ValueError(f'{name}: a {type(value).__name__} would not come back as it is; give None, bool, int, float, str, and lists and dictionaries of them')
+        raise ValueError(f'{name}: a {type(value).__name__} would not come back as it is; give None, bool, int, float, str, and lists and '
+                         'dictionaries of them')
 
-# %% ../nbs/15_checkpoint.ipynb #a940a907
+# %% ../nbs/15_checkpoint.ipynb #6c253b77
 class Row(NamedTuple):
     "A piece without its numbers."
     name: str
@@ -105,7 +107,9 @@ class Row(NamedTuple):
     offset: tuple     # where the box begins
     sizes: tuple      # of the box
 
-    def bytes(self) -> int: return math.prod(self.sizes) * getattr(torch, self.dtype).itemsize
+    def bytes(self) -> int:
+        "Of the box."
+        return math.prod(self.sizes) * getattr(torch, self.dtype).itemsize
 
 class Piece(NamedTuple):
     "The box of a tensor that this rank holds."
@@ -114,7 +118,9 @@ class Piece(NamedTuple):
     offset: tuple
     data: Tensor      # the box, on the CPU
 
-    def row(self) -> Row: return Row(self.name, str(self.data.dtype)[6:], self.shape, self.offset, tuple(self.data.shape))
+    def row(self) -> Row:
+        "Without its numbers."
+        return Row(self.name, str(self.data.dtype)[6:], self.shape, self.offset, tuple(self.data.shape))
 
 # %% ../nbs/15_checkpoint.ipynb #49e7c7ab
 def box(t:Tensor) -> tuple: # (offset, local tensor or None)
@@ -197,28 +203,33 @@ def is_grid(shape:tuple, boxes:list) -> bool: # boxes: (offset, sizes)
         cells *= len(edges)
     return cells == len(boxes) == len({offset for offset, _ in boxes})
 
-# %% ../nbs/15_checkpoint.ipynb #c693cf81
+# %% ../nbs/15_checkpoint.ipynb #667585c9
 def canonical(value) -> bytes:
     "JSON in one spelling, for hashing."
     return json.dumps(value, sort_keys=True, separators=(',', ':')).encode()
 
-def hashed(value) -> str: return hashlib.sha256(canonical(value)).hexdigest()
+def hashed(value) -> str:
+    "SHA-256 of JSON in one spelling."
+    return hashlib.sha256(canonical(value)).hexdigest()
 
 def layout(rows) -> tuple: # ({name: [dtype, shape]}, SHA-256 of where each box lies)
     "What a checkpoint holds; ValueError where the boxes of a tensor are not the whole of it."
     tensors, boxes = {}, {}
     for r in sorted(set(rows)):
-        if tensors.setdefault(r.name, [r.dtype, list(r.shape)]) != [r.dtype, list(r.shape)]: raise ValueError(f'{r.name} is of two types or shapes')
+        if tensors.setdefault(r.name, [r.dtype, list(r.shape)]) != [r.dtype, list(r.shape)]:
+            raise ValueError(f'{r.name} is of two types or shapes')
         boxes.setdefault(r.name, []).append((r.offset, r.sizes))
     holes = [k for k, b in boxes.items() if not is_grid(tensors[k][1], b)]
     if holes: raise ValueError(f'the pieces of {few(holes)} are not the whole of it')
     return tensors, hashed(boxes)
 
-# %% ../nbs/15_checkpoint.ipynb #8c3f2bff
+# %% ../nbs/15_checkpoint.ipynb #abdf1707
 class TheseFiles(FileSystem):
     "A folder that shows the files of a list only."
     def __init__(self, names): self.names = set(names)
-    def ls(self, path): return [str(Path(path)/n) for n in sorted(self.names)]
+    def ls(self, path):
+        "The files of the list."
+        return [str(Path(path)/n) for n in sorted(self.names)]
 
 class Reader(dcp.HuggingFaceStorageReader):
     "Reads the files of a list, whatever else lies in the folder."
@@ -229,9 +240,10 @@ class Reader(dcp.HuggingFaceStorageReader):
 def read_rows(folder, names) -> list: # of Row
     "What the headers of safetensors files say they hold, as torch.distributed.checkpoint understands them."
     found = Reader(folder, names).read_metadata().state_dict_metadata
-    return [Row(k, str(m.properties.dtype)[6:], tuple(m.size), tuple(c.offsets), tuple(c.sizes)) for k, m in found.items() for c in m.chunks]
+    return [Row(k, str(m.properties.dtype)[6:], tuple(m.size), tuple(c.offsets), tuple(c.sizes)) for k,
+            m in found.items() for c in m.chunks]
 
-# %% ../nbs/15_checkpoint.ipynb #d0776e9f
+# %% ../nbs/15_checkpoint.ipynb #058eb107
 FORMAT = 'flowbook checkpoint 1'
 
 class OtherFormat(CheckpointError):
@@ -248,7 +260,9 @@ def read_manifest(folder) -> dict:
     if content.get('format') != FORMAT: raise OtherFormat(f'is of the format {content.get("format")!r}; this version reads {FORMAT!r}')
     return content
 
-def tensor_files(manifest:dict) -> list: return [n for n in sorted(manifest['files']) if n.endswith('.safetensors')]
+def tensor_files(manifest:dict) -> list:
+    "The files of a checkpoint that hold tensors."
+    return [n for n in sorted(manifest['files']) if n.endswith('.safetensors')]
 
 # %% ../nbs/15_checkpoint.ipynb #6df2bf41
 def problems(folder,                 # of one checkpoint
@@ -265,11 +279,12 @@ def problems(folder,                 # of one checkpoint
     bad = {n: what for n, what in bad.items() if what}
     return bad if bad or part[0] else headers_problem(folder, manifest)
 
-# %% ../nbs/15_checkpoint.ipynb #840c413c
+# %% ../nbs/15_checkpoint.ipynb #c10f1bb0
 def file_problem(path, bytes:int, sha256:str, full:bool) -> str|None:
     "What is wrong with a file of a checkpoint."
     try:
-        if (found := os.stat(path).st_size) != bytes: return f'has {found} bytes instead of {bytes}' + (': cut off' if found < bytes else '')
+        if (found := os.stat(path).st_size) != bytes:
+            return f'has {found} bytes instead of {bytes}' + (': cut off' if found < bytes else '')
         if full and sha256_of(path) != sha256: return 'has another sha256 than when it was written: damaged'
     except FileNotFoundError: return 'is missing'
     except OSError as e: return f'cannot be read ({e.strerror})'
@@ -280,7 +295,7 @@ def headers_problem(folder, manifest:dict) -> dict:
     except Exception as e: return {few(tensor_files(manifest)): f'cannot be read ({type(e).__name__}: {e})'}
     return {} if found == (manifest['tensors'], manifest['boxes']) else {few(tensor_files(manifest)): 'do not hold what the manifest says'}
 
-# %% ../nbs/15_checkpoint.ipynb #1108f354
+# %% ../nbs/15_checkpoint.ipynb #899b4dc5
 LOCKS = weakref.WeakSet()
 
 def leave_locks() -> None:
@@ -289,9 +304,11 @@ def leave_locks() -> None:
 
 if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=leave_locks)
 
-def now() -> str: return time.strftime('%Y-%m-%d %H:%M:%S %z')
+def now() -> str:
+    "The time here, for people."
+    return time.strftime('%Y-%m-%d %H:%M:%S %z')
 
-# %% ../nbs/15_checkpoint.ipynb #b524d47b
+# %% ../nbs/15_checkpoint.ipynb #d58a3947
 class Lock:
     "A file that one process holds; the system frees it when that process ends."
     def __init__(self, path):
@@ -312,21 +329,24 @@ class Lock:
             self.file.write(json.dumps({'pid': os.getpid(), 'host': socket.gethostname(), 'since': now()}).encode())
 
     def holder(self) -> str:
+        "Who holds the folder, in words."
         self.file.seek(0)
         try: who = json.loads(self.file.read()); return f'process {who["pid"]} on {who["host"]} since {who["since"]}'
         except (ValueError, KeyError, TypeError): return 'another process'
 
     def release(self):
+        "The lock is free."
         LOCKS.discard(self)
         if self.file.closed: return
         with contextlib.suppress(OSError): self.file.truncate(0)
         self.file.close()                                                     # and with it the lock
 
-# %% ../nbs/15_checkpoint.ipynb #e18c8672
+# %% ../nbs/15_checkpoint.ipynb #799ab4b9
 STEP = re.compile(r'step-(\d{8,})')
 BEING_WRITTEN, BEING_REMOVED, ASIDE = 'being-written-', 'being-removed-', 'set-aside-'
 TEMPORARY = re.compile(r'.+\.\d+\.tmp')        # of `replace_bytes` in a process that died
 
+# %% ../nbs/15_checkpoint.ipynb #4c6f8bf0
 class Run:
     "The folder of a run: its lock, its checkpoints, the newest intact one. All ranks make one together."
     def __init__(self, folder,
@@ -345,6 +365,7 @@ class Run:
 
     @property
     def group(self):
+        "The processes' group of this thread: one for the training, one for a write beside it."
         if self.world > 1 and self.groups is None: raise ValueError(f'run: {self.folder} is closed; make another Run')
         return self.groups and self.groups[isinstance(threading.current_thread(), Writing)]
 
@@ -353,7 +374,8 @@ class Run:
         groups, self.groups = self.groups, None
         try:
             for g in groups or (): dist.monitored_barrier(g, timedelta(seconds=60))
-        except RuntimeError: return                                           # a rank is gone: who closes what it waits for can take it down
+        # a rank is gone: who closes what it waits for can take it down
+        except RuntimeError: return
         for g in groups or (): dist.destroy_process_group(g)
 
     def every(self, f) -> list:
@@ -386,7 +408,9 @@ class Run:
         dist.scatter_object_list(mine, values, src=0, group=self.group)
         return mine[0]
 
-    def path(self, step:int) -> Path: return self.checkpoints/f'step-{step:08d}'
+    def path(self, step:int) -> Path:
+        "The folder of a step."
+        return self.checkpoints/f'step-{step:08d}'
 
     def steps(self) -> list:
         "The steps of which there are checkpoints, in order; they are not looked into."
@@ -423,9 +447,10 @@ class Run:
         except Exception as e: warnings.warn(f'{type(e).__name__}: {e}')      # the error that is under way is the one to be heard
 
     def __repr__(self):
-        return f'Run({str(self.folder)!r}): ' + (f'steps {few(self.steps())}, latest {self.latest()}' if self.steps() else 'no checkpoint yet')
+        return f'Run({str(self.folder)!r}): ' + (f'steps {few(self.steps())}, latest {self.latest()}' if self.steps()
+                                                 else 'no checkpoint yet')
 
-# %% ../nbs/15_checkpoint.ipynb #63a9d806
+# %% ../nbs/15_checkpoint.ipynb #af789161
 def raise_as(who:str, mistake:bool, number, text:str):
     "Raise here what another rank raised."
     if number: raise OSError(number, f'{who}: {text}')
@@ -438,15 +463,17 @@ class Writing(threading.Thread):
         self.start()
 
     def run(self):
+        "Called by `start`."
         try: self.f()
         except BaseException as e: self.error = e
         finally: self.f = None                                   # and with it the copies of the tensors
 
     def result(self):
+        "Waits, and raises what went wrong."
         self.join()
         if self.error is not None: raise self.error
 
-# %% ../nbs/15_checkpoint.ipynb #368354ac
+# %% ../nbs/15_checkpoint.ipynb #72520d13
 def open_folder(run:Run) -> None:
     "Rank 0: make the folder, lock it, clear away what dead runs left."
     try:
@@ -454,7 +481,9 @@ def open_folder(run:Run) -> None:
         run.lock = Lock(run.folder/'lock')
         for left in [p for p in run.checkpoints.iterdir() if p.name.startswith((BEING_WRITTEN, BEING_REMOVED))]:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
-        for left in [p for part in ('*', 'model/*', 'model/*/*', 'latents/*/*', 'samples/*') for p in run.folder.glob(part) if TEMPORARY.fullmatch(p.name)]: left.unlink()
+        for left in [p for part in ('*', 'model/*', 'model/*/*', 'latents/*/*', 'samples/*') for p in run.folder.glob(part)
+                     if TEMPORARY.fullmatch(p.name)]:
+            left.unlink()
         if (steps := run.steps()) and run.latest() != steps[-1]: point(run, steps[-1])
     except OSError as e:
         run.close(together=False)
@@ -465,17 +494,19 @@ def point(run:Run, step:int) -> None:
     write_flushed(beside := run.checkpoints/f'{BEING_WRITTEN}latest', f'{run.path(step).name}\n'.encode())
     os.replace(beside, run.checkpoints/'latest'); flush_folder(run.checkpoints)
 
+# %% ../nbs/15_checkpoint.ipynb #45a035b0
 def advice(e:BaseException) -> str:
     "What to do about an error of the disk."
     number = getattr(e, 'errno', None)
-    if number in (errno.ENOSPC, errno.EDQUOT): return 'The disk or your quota is full: free some space, keep fewer checkpoints, or give another folder'
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return 'The disk or your quota is full: free some space, keep fewer checkpoints, or give another folder'
     if number == errno.EROFS: return ('The filesystem is read-only: have it mounted for writing, or give another folder '
                                       '(the system also does this after a fault of the disk: look at its log)')
     if number in (errno.EACCES, errno.EPERM): return 'The folder does not belong to this user: change its owner, or give another folder'
     if number in (errno.ENOTDIR, errno.EEXIST): return 'A file is in the way of a folder: give another folder'
     return 'Look at the disk and the network it hangs on, or give another folder'
 
-# %% ../nbs/15_checkpoint.ipynb #d71356de
+# %% ../nbs/15_checkpoint.ipynb #ddc93ad8
 def save(run:Run, step:int,
          tensors:dict,                  # {name: tensor or DTensor}, the same names on all ranks
          meta:dict|None=None,           # JSON: everything that is not a tensor
@@ -490,10 +521,12 @@ def save(run:Run, step:int,
         check_choice('asynchronous', asynchronous, (True, False))
         check_save(run, step, tensors, meta, keep, forever)
         table = [[k, str(t.dtype), list(t.shape)] for k, t in sorted(tensors.items())]
-        return {'step': step, 'meta': hashed(meta), 'tensors': hashed(table), 'keep': keep, 'forever': forever, 'asynchronous': asynchronous}
+        return {'step': step, 'meta': hashed(meta), 'tensors': hashed(table), 'keep': keep, 'forever': forever,
+                'asynchronous': asynchronous}
     said = run.every(door)
     for k, rank in [(k, rank) for rank, s in enumerate(said) for k in s if s[k] != said[0][k]]:
-        raise ValueError(f'{k}: rank {rank} gave something else than rank 0; all ranks save the same names, shapes and types with the same arguments')
+        raise ValueError(f'{k}: rank {rank} gave something else than rank 0; all ranks save the same names, shapes and types with the same '
+                         'arguments')
     if step == run.at: return run.path(step)
     pieces = []
     run.every(lambda: pieces.extend(stage(tensors, copy=asynchronous)))
@@ -502,8 +535,9 @@ def save(run:Run, step:int,
     else: job()
     return run.path(step)
 
-# %% ../nbs/15_checkpoint.ipynb #92af0393
+# %% ../nbs/15_checkpoint.ipynb #ae537a61
 def check_run(run) -> Run:
+    "ValueError for what is no Run."
     if not isinstance(run, Run): raise ValueError(f'run: a {type(run).__name__} came, must be a Run(folder)')
     return run
 
@@ -521,7 +555,7 @@ def check_save(run, step, tensors, meta, keep, forever) -> None:
                          'load it first and go on from there, or give another folder')
     if run.at is not None and step < run.at: raise ValueError(f'step: {step} came after step {run.at}; steps only grow')
 
-# %% ../nbs/15_checkpoint.ipynb #829d7e45
+# %% ../nbs/15_checkpoint.ipynb #6fee7372
 def write_checkpoint(run:Run, step:int, pieces:list, meta:dict, keep:int, forever:int) -> None:
     "A temporary folder, files, manifest, rename, `latest`; where it fails, the older checkpoints are as they were."
     folder = run.checkpoints/f'{BEING_WRITTEN}{run.path(step).name}'
@@ -532,7 +566,8 @@ def write_checkpoint(run:Run, step:int, pieces:list, meta:dict, keep:int, foreve
         run.every(lambda: run.rank or publish(run, step, folder, rows, files, meta, keep, forever))
     except Exception as e:
         if run.rank == 0: shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(Exception):                                      # it may have got its name, and `latest` not: then it is there
+        # it may have got its name, and `latest` not: then it is there
+        with contextlib.suppress(Exception):
             if run.every(lambda: run.rank == 0 and run.path(step).is_dir())[0]: run.at = step
         raise CheckpointError(not_written(run, step, e)) from e
     run.at = step
@@ -544,6 +579,7 @@ def write_pieces(run:Run, folder, pieces:list) -> tuple: # (rows of all ranks, o
     files = run.every(lambda: write_part(folder/name(run.rank + 1, run.world), [pieces[k] for k in todo]))
     return rows and [r for held in rows for r in held], {name(k, run.world): file for k, file in enumerate(files, 1)}
 
+# %% ../nbs/15_checkpoint.ipynb #c98c1b9d
 def not_written(run:Run, step:int, e:Exception) -> str:
     "What is said when a checkpoint could not be written."
     try: free = f'{shutil.disk_usage(run.checkpoints).free / 1e6:,.1f} MB are free; '
@@ -574,14 +610,15 @@ def prune(run:Run, keep:int, forever:int) -> None:
         try: os.rename(run.path(step), gone := run.checkpoints/f'{BEING_REMOVED}{run.path(step).name}'); shutil.rmtree(gone)
         except OSError as e: warnings.warn(f'the checkpoint of step {step} could not be removed ({e})')
 
-# %% ../nbs/15_checkpoint.ipynb #c8f5c34d
+# %% ../nbs/15_checkpoint.ipynb #c013c2bf
 def load(run:Run,
-         into,                          # {name: tensor or DTensor}, filled in place; or a function from the saved names to such a dictionary
+         # {name: tensor or DTensor}, filled in place; or a function from the saved names to such a dictionary
+         into,
          *, step:int|None=None,         # this one and no other; by default the newest intact one
          verify:str='full',             # 'sizes' is quicker: sha256 of the small files only
          strict:bool=True,              # False: the checkpoint may hold more than `into`, never less
         ) -> tuple:                     # (step, meta)
-    "Read the newest intact checkpoint, at any number of ranks; a warning names what is damaged and what is taken. All ranks call it together."
+    "Read the newest intact checkpoint, at any number of ranks, together; a warning names what is damaged and what is taken."
     check_run(run).wait()
     check_choice('verify', verify, ('full', 'sizes')); check_choice('strict', strict, (True, False))
     if step is not None: check_whole('step', step, 0)
@@ -595,18 +632,20 @@ def load(run:Run,
         bad[s] = found
     else:
         if listed() != steps: return load(run, into, step=step, verify=verify, strict=strict)   # its trainer wrote and pruned meanwhile
-        raise CheckpointError(f'no checkpoint in {run.folder} is intact: {told(run, bad)}. Restore one from a copy, or start again in another folder')
+        raise CheckpointError(f'no checkpoint in {run.folder} is intact: {told(run, bad)}. Restore one from a copy, or start again in '
+                              'another folder')
     moved = run.every(lambda: set_aside(run, s) if run.write and run.rank == 0 else [])[0]
     if bad and run.rank == 0:
         warnings.warn(f'{told(run, bad)}. Step {s} is taken instead' + (f'; moved out of the way: {few(moved)}' if moved else ''))
     run.at = s
     return s, meta
 
+# %% ../nbs/15_checkpoint.ipynb #044f8954
 def told(run:Run, bad:dict) -> str:
     "What is wrong with which file, in one line."
     return '; '.join(f'{run.path(s).name}/{n} {what}' for s, found in bad.items() for n, what in list(found.items())[:3])
 
-# %% ../nbs/15_checkpoint.ipynb #a9e5f426
+# %% ../nbs/15_checkpoint.ipynb #4ac372cc
 def attempt(run:Run, path, into, verify:str, strict:bool) -> tuple: # (problems, meta)
     "Verify a checkpoint and read it."
     bad = {}
@@ -614,7 +653,8 @@ def attempt(run:Run, path, into, verify:str, strict:bool) -> tuple: # (problems,
     if bad:
         def other():
             try: read_manifest(path)
-            except OtherFormat as e: raise ValueError(f'{path}/manifest.json {e}: take the version that wrote it, or give another folder') from None
+            except OtherFormat as e:
+                raise ValueError(f'{path}/manifest.json {e}: take the version that wrote it, or give another folder') from None
             except CheckpointError: pass
         run.every(lambda: run.rank or other())
         return bad, None
@@ -625,6 +665,7 @@ def attempt(run:Run, path, into, verify:str, strict:bool) -> tuple: # (problems,
     except Exception as e: return {few(tensor_files(manifest)): f'cannot be read ({type(e).__name__}: {e})'}, None
     return {}, meta
 
+# %% ../nbs/15_checkpoint.ipynb #fa57d33a
 def fitting(path, table:dict, into, strict:bool) -> dict:
     "The tensors to be filled; ValueError names those that the checkpoint has not, or has otherwise."
     into = into(set(table)) if callable(into) else into
@@ -658,7 +699,7 @@ def set_aside(run:Run, step:int) -> list: # their new names
     if run.latest() != step: point(run, step)
     return moved
 
-# %% ../nbs/15_checkpoint.ipynb #2331c301
+# %% ../nbs/15_checkpoint.ipynb #88556337
 STATE = ('step', 'exp_avg', 'exp_avg_sq', 'max_exp_avg_sq')                   # what AdamW keeps of a parameter
 
 def pack(flow:nn.Module, objective=None, # if it is a module, its parameters and buffers are saved, too
@@ -668,23 +709,27 @@ def pack(flow:nn.Module, objective=None, # if it is a module, its parameters and
     "All tensors of a training: `flow.*`, `objective.*`, `ema.*`, `opt.step.flow.*`, `opt.exp_avg.flow.*` and so on."
     if not isinstance(flow, nn.Module): raise ValueError(f'flow: a {type(flow).__name__} came, must be a module')
     if opt is not None and not hasattr(opt, 'param_groups'): raise ValueError(f'opt: a {type(opt).__name__} came, must be an optimizer')
-    if ema is not None and not isinstance(ema, nn.Module): raise ValueError(f'ema: a {type(ema).__name__} came, must be what ema(flow, decay) gave')
+    if ema is not None and not isinstance(ema, nn.Module):
+        raise ValueError(f'ema: a {type(ema).__name__} came, must be what ema(flow, decay) gave')
     modules = {part: m for part, m in (('flow', flow), ('objective', objective), ('ema', ema)) if isinstance(m, nn.Module)}
     found = {f'{part}.{k}': v for part, m in modules.items() for k, v in m.state_dict(keep_vars=True).items()}
     called = {p: f'{part}.{n}' for part, m in modules.items() if part != 'ema' for n, p in m.named_parameters()}
     for group in opt.param_groups if opt is not None else ():
         for p in group['params']:
-            if p not in called: raise ValueError(f'opt: it trains a parameter of shape {tuple(p.shape)} that belongs to neither flow nor objective')
+            if p not in called:
+                raise ValueError(f'opt: it trains a parameter of shape {tuple(p.shape)} that belongs to neither flow nor objective')
             if names is not None: make_state(opt, group, p, [k for k in STATE if f'opt.{k}.{called[p]}' in names])
             found |= {f'opt.{k}.{called[p]}': v for k, v in opt.state.get(p, {}).items()}
     return found
 
+# %% ../nbs/15_checkpoint.ipynb #51f66029
 def make_state(opt, group:dict, p:Tensor, keys:list) -> None:
     "Let the optimizer hold these of a parameter, made as AdamW makes them at its first step."
     opt.state.pop(p, None)
     if not keys: return
     double = torch.get_default_dtype() == torch.float64 and not group.get('fused')
-    step = torch.zeros((), dtype=torch.float64 if double else torch.float32, device=p.device if group.get('fused') or group.get('capturable') else 'cpu')
+    step = torch.zeros((), dtype=torch.float64 if double else torch.float32,
+                       device=p.device if group.get('fused') or group.get('capturable') else 'cpu')
     opt.state[p] = {k: step if k == 'step' else torch.zeros_like(p, requires_grad=False, memory_format=torch.preserve_format) for k in keys}
 
 # %% ../nbs/15_checkpoint.ipynb #f0120b5a

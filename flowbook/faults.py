@@ -18,21 +18,23 @@ from .data import check_number, check_whole
 # %% ../nbs/15_faults.ipynb #a3f08dfb
 # Time is in hours in this module, but for names that say otherwise; a "failure" ends the whole job, on however many GPUs it runs.
 
-# %% ../nbs/15_faults.ipynb #bc7efe71
-GPU_DAYS = 54 * 16384 / 419              # days of one GPU for each unexpected interruption: Llama 3, section 3.3.4
+# %% ../nbs/15_faults.ipynb #a2af5606
+# days of one GPU for each unexpected interruption, at most: Llama 3, section 3.3.4 ("up to" 16,384 GPUs)
+GPU_DAYS = 54 * 16384 / 419
 
 def between(gpus:int, gpu_days:float=GPU_DAYS) -> float:
     "Mean hours from one failure of a job to the next, on so many GPUs."
     return check_number('gpu_days', gpu_days, 0, above=True) * 24 / check_whole('gpus', gpus)
 
-# %% ../nbs/15_faults.ipynb #319767c6
+# %% ../nbs/15_faults.ipynb #2aeaeeb8
 def lost(every:float,          # hours of work between two saves
          cost:float,           # hours for which a save stops the training
          between:float,        # mean hours between failures
          restart:float=0.,     # hours from a failure until training goes on
         ) -> float:            # 0 to 1
     "The share of time that saves, repeated work and restarts take. Daly 2006."
-    check_number('every', every, 0, above=True); check_number('cost', cost, 0); check_number('between', between, 0, above=True); check_number('restart', restart, 0)
+    check_number('every', every, 0, above=True); check_number('cost', cost, 0); check_number('between', between, 0, above=True)
+    check_number('restart', restart, 0)
     if (every + cost + restart) / between > 700: return 1.                   # it never gets there
     return 1 - every / (between * math.exp(restart / between) * math.expm1((every + cost) / between))
 
@@ -46,11 +48,15 @@ def best_every(cost:float, between:float) -> float: # hours
         low, high = (mid, high) if mid < between and (mid + cost) / between + math.log1p(-mid / between) > 0 else (low, mid)
     return (low + high) / 2
 
-# %% ../nbs/15_faults.ipynb #7995ae7d
-def simulate(work:float, every:float, cost:float, between:float, restart:float, seed:int=0) -> np.ndarray: # (k, 2): hours on the clock, hours of work that are done
+# %% ../nbs/15_faults.ipynb #4b5dcfe1
+# (k, 2): hours on the clock, hours of work that are done
+def simulate(work:float, every:float, cost:float, between:float, restart:float, seed:int=0) -> np.ndarray:
     "One run with random failures, from its start until `work` hours are done."
-    check_number('work', work, 0, above=True); check_number('every', every, 0, above=True); check_number('cost', cost, 0); check_number('between', between, 0, above=True); check_number('restart', restart, 0)
-    if (every + cost + restart) / between > 12: raise ValueError(f'between: {between} hours came, and {every + cost + restart:g} without a failure are needed to get on: it would never end')
+    check_number('work', work, 0, above=True); check_number('every', every, 0, above=True); check_number('cost', cost, 0)
+    check_number('between', between, 0, above=True); check_number('restart', restart, 0)
+    if (every + cost + restart) / between > 12:
+        raise ValueError(f'between: {between} hours came, and {every + cost + restart:g} without a failure are needed to get on: it would '
+                         'never end')
     rng, clock, done = np.random.default_rng(check_whole('seed', seed, 0)), 0., 0.
     path, fails = [(0., 0.)], rng.exponential(between)                          # when it fails next
     while done < work:
@@ -65,7 +71,7 @@ def simulate(work:float, every:float, cost:float, between:float, restart:float, 
         path.append((clock, done))
     return np.array(path)
 
-# %% ../nbs/15_faults.ipynb #6847327d
+# %% ../nbs/15_faults.ipynb #6786994c
 class Rhythm(NamedTuple):
     "How often to save a configuration, and what is lost."
     between:float                        # hours between failures
@@ -77,6 +83,7 @@ class Rhythm(NamedTuple):
     lost:float                           # share of the time, saving so
     lost_at:float                        # saving each `save_every` steps instead
 
+# %% ../nbs/15_faults.ipynb #7b42c82e
 def rhythm(c:Config, gpu:str='A100', world:int=None,
            save_every:int=1000,          # steps, to compare with; the default of `flowbook_train`
            disk:float=1e9,               # bytes a second, of all processes together
@@ -88,12 +95,13 @@ def rhythm(c:Config, gpu:str='A100', world:int=None,
     world = c.system.gpus if world is None else world
     h, held, m = hours(c, gpu, world), memory(c, 1), between(world, gpu_days)
     size = sum(held.get(k, 0) for k in ('weights', 'Adam', 'average'))
-    step, cost = h.gpu / world / c.steps, max((waits * size + held['weights']) / disk, 1e-3) / 3600   # the checkpoint in the background, RUN/model not
+    # the checkpoint in the background, RUN/model not
+    step, cost = h.gpu / world / c.steps, max((waits * size + held['weights']) / disk, 1e-3) / 3600
     best = max(1, round(best_every(cost, m) / step))
     share = lambda steps: lost(steps * step, cost, m, restart)
     return Rhythm(m, h.gpu / world / m, step * 3600, size, cost * 3600, best, share(best), share(save_every))
 
-# %% ../nbs/15_faults.ipynb #926ddfb9
+# %% ../nbs/15_faults.ipynb #872b48b1
 class Tried(NamedTuple):
     "One fault of a drill."
     fault:str
@@ -113,21 +121,32 @@ def flip(path, at:float=.5) -> None:     # at: where, as a share of the file
         byte = f.read(1)
         f.seek(-1, 1); f.write(bytes([byte[0] ^ 1]))
 
+# %% ../nbs/15_faults.ipynb #061e764c
 class Launched:
     "`flowbook_train` in processes of their own, one or several under torchrun, and what its folder tells."
     def __init__(self, out, config:str, overrides:tuple, steps:int, processes:int, device:str, save_every:int):
         self.out, self.text = Path(out), Path(f'{out}.txt')
-        before = ['torch.distributed.run', '--standalone', '--nproc-per-node', str(processes), '--max-restarts', '1', '-m'] if processes > 1 else []
-        command = [sys.executable, '-m', *before, 'flowbook.scripts.train', '--config', config, '--out', str(out), '--device', device, '--every', '1', '--save-every', str(save_every), '--workers', '0', *overrides, f'optim.steps={steps}']
+        before = ['torch.distributed.run', '--standalone', '--nproc-per-node', str(processes), '--max-restarts', '1',
+                  '-m'] if processes > 1 else []
+        command = [sys.executable, '-m', *before, 'flowbook.scripts.train', '--config', config, '--out', str(out), '--device', device,
+                   '--every', '1', '--save-every', str(save_every), '--workers', '0', *overrides, f'optim.steps={steps}']
         self.since = self.text.stat().st_size if self.text.exists() else 0
-        with open(self.text, 'a') as text: self.process = subprocess.Popen(command, stdout=text, stderr=subprocess.STDOUT, env={'OMP_NUM_THREADS': '1', **{k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE') and not k.startswith(('MASTER_', 'TORCHELASTIC_'))}, 'PYTHONUNBUFFERED': '1'}) # a drill inside a job is no part of it
+        # a drill inside a job is no part of it
+        with open(self.text, 'a') as text:
+            self.process = subprocess.Popen(command, stdout=text, stderr=subprocess.STDOUT,
+                                            env={'OMP_NUM_THREADS': '1',
+                                                 **{k: v for k, v in os.environ.items()
+                                                    if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE')
+                                                    and not k.startswith(('MASTER_', 'TORCHELASTIC_'))}, 'PYTHONUNBUFFERED': '1'})
 
     def log(self) -> list:
         "Whole lines of RUN/log.jsonl."
         path = self.out/'log.jsonl'
         return [json.loads(l) for l in (path.read_bytes().decode().split('\n')[:-1] if path.exists() else [])]
 
-    def saved(self) -> int: return max([l['step'] for l in self.log() if l.get('event') == 'saved'], default=0)
+    def saved(self) -> int:
+        "The newest step that was saved, as the log says; 0: none."
+        return max([l['step'] for l in self.log() if l.get('event') == 'saved'], default=0)
 
     def holder(self) -> int:
         "The process that holds the folder."
@@ -140,7 +159,9 @@ class Launched:
         while True:
             ended = self.process.poll() is not None                             # asked first: it may get ready and end between two looks
             if ready(): return
-            if ended: raise RuntimeError(f'the run ended with status {self.process.returncode} before the drill could disturb it; its last words: {self.words()}')
+            if ended:
+                raise RuntimeError(f'the run ended with status {self.process.returncode} before the drill could disturb it; its last '
+                                   f'words: {self.words()}')
             if time.monotonic() > end: raise RuntimeError(f'nothing came in {seconds:.0f} seconds; last words: {self.words()}')
             time.sleep(.02)
 
@@ -150,9 +171,13 @@ class Launched:
         ours = [l for l in text.splitlines() if l.startswith('flowbook_train: ')]
         return f'{(ours[-1] if ours else " ".join(text.split()))[-400:]} (all of it: {self.text})'
 
-    def resumed(self) -> list: return [l['step'] for l in self.log() if l.get('event') == 'resumed'] or [0]  # from which steps it went on
+    def resumed(self) -> list:
+        "From which steps it went on."
+        return [l['step'] for l in self.log() if l.get('event') == 'resumed'] or [0]  # from which steps it went on
 
-    def wait(self) -> int: return self.process.wait(1800)
+    def wait(self) -> int:
+        "Its status, when it has ended."
+        return self.process.wait(1800)
 
     def end(self) -> None:
         "Leave nothing behind, not even a process that stands still."
@@ -163,7 +188,7 @@ class Launched:
         try: self.process.wait(60)
         except subprocess.TimeoutExpired: self.process.kill(); self.process.wait()
 
-# %% ../nbs/15_faults.ipynb #5389ef37
+# %% ../nbs/15_faults.ipynb #b631cc6d
 def drill(folder,                        # where the long run will write; two runs are made in it
           config:str='digits-tarflow-64', overrides=('flow.blocks=2', 'flow.layers=1', 'optim.batch_size=64'), # what is trained: small
           steps:int=120, processes:int=1, device:str='auto',
@@ -172,10 +197,12 @@ def drill(folder,                        # where the long run will write; two ru
     check_whole('steps', steps, 60); check_whole('processes', processes)
     folder = Path(folder).expanduser(); folder.mkdir(parents=True, exist_ok=True)
     calm, rough, bomb = folder/'calm', folder/'rough', folder/'it-was-executed'
-    if taken := [str(p) for p in (calm, rough, bomb, folder/'calm.txt', folder/'rough.txt') if p.exists()]: raise ValueError(f'folder: {taken[0]} is there; give a folder without an earlier drill, or remove it')
+    if taken := [str(p) for p in (calm, rough, bomb, folder/'calm.txt', folder/'rough.txt') if p.exists()]:
+        raise ValueError(f'folder: {taken[0]} is there; give a folder without an earlier drill, or remove it')
     runs, found, gap = [], [], steps // 12
     def start(out, n=processes, on=device): runs.append(Launched(out, config, tuple(overrides), steps, n, on, gap)); return runs[-1]
-    def tell(fault, outcome, fine): found.append(Tried(fault, outcome, bool(fine))); say(f'{"fine " if fine else "WRONG"}  {fault}: {outcome}')
+    def tell(fault, outcome, fine):
+        found.append(Tried(fault, outcome, bool(fine))); say(f'{"fine " if fine else "WRONG"}  {fault}: {outcome}')
     try:
         in_peace = start(calm)
         if in_peace.wait(): raise RuntimeError(f'even in peace the run failed: {in_peace.words()}')
@@ -185,6 +212,7 @@ def drill(folder,                        # where the long run will write; two ru
         for r in runs: r.end()
     return found
 
+# %% ../nbs/15_faults.ipynb #e75aafb3
 def disturb(start, rough, bomb, gap:int, processes:int, tell) -> None:
     "Five faults of one run, after which it has come to its end."
     run = start(rough)
@@ -198,7 +226,9 @@ def disturb(start, rough, bomb, gap:int, processes:int, tell) -> None:
     os.kill(pid, signal.SIGKILL)
     if processes == 1: run.wait(); run = start(rough)                           # torchrun starts again by itself
     run.until(lambda: run.saved() > at and run.holder() not in (0, pid))
-    tell('SIGKILL of a process', f'the last save was begun at step {at}, it went on from step {run.resumed()[-1]}', run.resumed()[-1] >= at - gap)   # that save may not have been on the disk
+    # that save may not have been on the disk
+    tell('SIGKILL of a process', f'the last save was begun at step {at}, it went on from step {run.resumed()[-1]}',
+         run.resumed()[-1] >= at - gap)
     run.process.send_signal(signal.SIGTERM); run.wait()
     word = (rough/'status').read_text().strip() if (rough/'status').exists() else 'nothing'
     tell('SIGTERM', f'status says {word}, saved at step {run.saved()}', word == 'stopped')
@@ -209,13 +239,17 @@ def disturb(start, rough, bomb, gap:int, processes:int, tell) -> None:
     starts, run = len(run.resumed()), start(rough)
     run.until(lambda: len(run.resumed()) > starts)
     aside, said = (rough/'checkpoints'/f'set-aside-step-{bad:08d}').exists(), f'step-{bad:08d}/' in run.text.read_text()
-    tell('one bit of the newest checkpoint', f'that of step {bad} is {"set aside" if aside else "NOT set aside"}, and {"named" if said else "NOT named"}; it went on from step {run.resumed()[-1]}', aside and said and run.resumed()[-1] == before)
+    tell('one bit of the newest checkpoint', f'that of step {bad} is {"set aside" if aside else "NOT set aside"}, and '
+                                             f'{"named" if said else "NOT named"}; it went on from step {run.resumed()[-1]}',
+                                             aside and said and run.resumed()[-1] == before)
     run.process.send_signal(signal.SIGTERM); run.wait()
 
     (disk.path(disk.steps()[-1])/'manifest.json').write_bytes(pickle.dumps(Bomb(bomb)))
     run = start(rough); status = run.wait()
-    tell('a pickle in place of a file', 'executed' if bomb.exists() else f'not executed; the run ended with status {status}', not bomb.exists() and status == 0)
+    tell('a pickle in place of a file', 'executed' if bomb.exists() else f'not executed; the run ended with status {status}',
+         not bomb.exists() and status == 0)
 
+# %% ../nbs/15_faults.ipynb #6083d4f2
 def compare(calm, rough, steps:int, log:list, tell) -> None:
     "The disturbed run against the one that was left in peace."
     same = (calm/'model'/'model.safetensors').read_bytes() == (rough/'model'/'model.safetensors').read_bytes()
@@ -223,18 +257,20 @@ def compare(calm, rough, steps:int, log:list, tell) -> None:
     seen = [l['step'] for l in log if 'loss' in l]
     tell('the log', f'{len(seen)} lines for {steps} steps', seen == list(range(1, steps + 1)))
 
-# %% ../nbs/15_faults.ipynb #5a24e533
+# %% ../nbs/15_faults.ipynb #af2482d5
 def main(argv=None) -> list:
     "`python -m flowbook.faults FOLDER`."
     import argparse
-    p = argparse.ArgumentParser('python -m flowbook.faults', description='Break a small run in five ways, on one node, and see whether anything is lost.')
+    p = argparse.ArgumentParser('python -m flowbook.faults', description='Break a small run in five ways, on one node, and see whether '
+                                                                         'anything is lost.')
     p.add_argument('folder', help='where the long run will write')
     p.add_argument('--config', help='another one than a flow of two blocks for digits: digits-NAME or mnist5k-NAME')
-    p.add_argument('--steps', type=int, default=120)
+    p.add_argument('--steps', type=int, default=120, help='of each of the two runs, 60 or more (default: %(default)s)')
     p.add_argument('--processes', type=int, default=1, help='under torchrun, if more than one (default: %(default)s)')
-    p.add_argument('--device', default='auto')
+    p.add_argument('--device', default='auto', help='auto, cpu or cuda (default: %(default)s)')
     a = p.parse_args(argv)
-    return drill(a.folder, **({'config': a.config, 'overrides': ()} if a.config else {}), steps=a.steps, processes=a.processes, device=a.device)
+    return drill(a.folder, **({'config': a.config, 'overrides': ()} if a.config else {}), steps=a.steps, processes=a.processes,
+                 device=a.device)
 
 # %% ../nbs/15_faults.ipynb #a1f1127f
 #| eval: false
@@ -242,15 +278,19 @@ if __name__ == '__main__' and '__file__' in globals():
     try: sys.exit(not all(t.fine for t in main()))
     except (ValueError, RuntimeError, OSError, subprocess.SubprocessError) as e: sys.exit(f'drill: {e}')
 
-# %% ../nbs/15_faults.ipynb #26d54ba6
-PARTS = {'processes': 'Processes that die, or are told to', 'disk': 'Disks and files', 'malice': 'Files that mean harm', 'numbers': 'NaN and infinity', 'configuration': 'Going on as something else',
+# %% ../nbs/15_faults.ipynb #36a9ef29
+PARTS = {'processes': 'Processes that die, or are told to', 'disk': 'Disks and files', 'malice': 'Files that mean harm',
+         'numbers': 'NaN and infinity', 'configuration': 'Going on as something else',
          'data': 'Images, labels, latents', 'arguments': 'Bad input', 'time': 'Long runs'}
 
 def read_faults(path) -> list:           # of dictionaries: part, fault, outcome, said, tests, tries
     "The rows that tests wrote."
     try: rows = json.loads(Path(path).read_bytes())['faults']
-    except (OSError, ValueError, KeyError, TypeError) as e: raise ValueError(f'path: {path} is no table of faults ({type(e).__name__}: {e}); FLOWBOOK_FAULTS={path} pytest -m "" makes one') from None
-    if odd := {r['part'] for r in rows} - set(PARTS): raise ValueError(f'path: {path} has rows of {", ".join(sorted(odd))}; parts are {", ".join(PARTS)}')
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ValueError(f'path: {path} is no table of faults ({type(e).__name__}: {e}); '
+                         f'FLOWBOOK_FAULTS={path} pytest -m "" makes one') from None
+    if odd := {r['part'] for r in rows} - set(PARTS):
+        raise ValueError(f'path: {path} has rows of {", ".join(sorted(odd))}; parts are {", ".join(PARTS)}')
     count = lambda r, k: sum(t[k] for t in r['tests'].values())
     return [{**r, **{k: count(r, k) for k in ('tries', 'passed', 'failed', 'skipped')}} for r in rows]
 
@@ -263,6 +303,7 @@ def fault_table(path) -> str:            # of nbs/results/faults.json -> markdow
             out += [f'| {cell(r["fault"])} | {r["tries"]:,} | {cell(r["outcome"])} |' for r in of_part] + ['']
     return '\n'.join(out)
 
+# %% ../nbs/15_faults.ipynb #4bb598eb
 def stale(path, fresh) -> list:          # of sentences
     "What a table says that tests which have just run (`fresh`) do not, and the other way round."
     was, now = ({r['fault']: r for r in read_faults(p)} for p in (path, fresh))

@@ -19,7 +19,7 @@ from .train import check_dataset, check_transforms
 # %% ../nbs/15_loader.ipynb #8a2564dc
 # Axis legend of this module: b batch, c h w image, n samples of a dataset.
 
-# %% ../nbs/15_loader.ipynb #e5eb68b7
+# %% ../nbs/15_loader.ipynb #8785ba20
 def micro_batches(n:int,           # samples
                   batch_size:int,  # of the whole step: over all ranks and micro-batches
                   seed:int=0,
@@ -41,16 +41,19 @@ def micro_batches(n:int,           # samples
                 yield pieces
     return stream()                # arguments are checked now, not at the first batch
 
+# %% ../nbs/15_loader.ipynb #6e1ae3e9
 def check_split(n, batch_size, seed, start, part, accumulate) -> None:
     "ValueError for a batch that cannot be dealt out."
-    for name, v, low in (('batch_size', batch_size, 1), ('seed', seed, 0), ('start', start, 0), ('accumulate', accumulate, 1)): check_whole(name, v, low)
+    for name, v, low in (('batch_size', batch_size, 1), ('seed', seed, 0), ('start', start, 0), ('accumulate', accumulate, 1)):
+        check_whole(name, v, low)
     check_whole('n', n, 0)
     if not n: raise ValueError('data: is empty (n is 0), must have at least one sample')
     try: rank, world = (check_whole('part', v, 0) for v in part)
     except (TypeError, ValueError): rank, world = 0, 0
     if not 0 <= rank < world: raise ValueError(f'part: {part!r} came, must be (rank, world) with 0 <= rank < world')
     if batch_size % (world * accumulate):
-        raise ValueError(f'batch_size: {batch_size} came, must be a multiple of {world * accumulate}, for {world} ranks of {accumulate} micro-batches each')
+        raise ValueError(f'batch_size: {batch_size} came, must be a multiple of {world * accumulate}, for {world} ranks of {accumulate} '
+                         'micro-batches each')
 
 # %% ../nbs/15_loader.ipynb #31dca494
 def joined(parts:list) -> Batch:
@@ -59,7 +62,7 @@ def joined(parts:list) -> Batch:
     cat = lambda k: None if getattr(parts[0], k) is None else torch.cat([getattr(b, k) for b in parts])
     return parts[0]._replace(**{k: cat(k) for k in ('x', 'y', 'index', 'target')})
 
-# %% ../nbs/15_loader.ipynb #c91c605a
+# %% ../nbs/15_loader.ipynb #dd6d78aa
 class BadSample(NamedTuple):
     "A sample that could not be read."
     epoch: int
@@ -78,10 +81,12 @@ class TooManyBadSamples(RuntimeError):
     def __reduce__(self): return _remade, (type(self), str(self), self.__dict__)       # an error may have to travel between processes
 
 def _remade(kind, text, state):
+    "An exception of another process, made again."
     e = kind.__new__(kind, text)
     e.args = (text,); e.__dict__.update(state)
     return e
 
+# %% ../nbs/15_loader.ipynb #474cc4ae
 def name_of(data, i:int) -> str:
     "What a person would call sample i: its file, or its number."
     if isinstance(data, Subset): return name_of(data.dataset, int(data.indices[i]))
@@ -89,7 +94,7 @@ def name_of(data, i:int) -> str:
     where = f" ({data.path(i // data.plan['shard'])})" if hasattr(data, 'plan') and hasattr(data, 'path') else ''
     return f"sample {i} of {getattr(data, 'name', type(data).__name__)}{where}"
 
-# %% ../nbs/15_loader.ipynb #04fcbb8a
+# %% ../nbs/15_loader.ipynb #afc8a869
 TRIES = 100          # substitutes that are tried for one sample; if a hundred cannot be read, it is not the files
 
 def read(data, epoch:int, index:list, seed:int, bad:list, mark=lambda i: None): # -> x (b, ...), y (b,), index (b,)
@@ -101,11 +106,14 @@ def read(data, epoch:int, index:list, seed:int, bad:list, mark=lambda i: None): 
         except MemoryError: raise
         except Exception as e: failed = e
     before, rows = len(bad), [read_one(data, epoch, i, seed, bad, mark) for i in index]
-    if failed and len(bad) == before: return *_take(data, places), places             # not the samples: a disk that hiccuped, or a fault that comes again
+    # not the samples: a disk that hiccuped, or a fault that comes again
+    if failed and len(bad) == before: return *_take(data, places), places
     xs, ys, index = zip(*rows)
-    if len({x.shape for x in xs}) > 1: raise ValueError(f'data: images of different shapes came, {sorted({tuple(x.shape[1:]) for x in xs})}; must be one')
+    if len({x.shape for x in xs}) > 1:
+        raise ValueError(f'data: images of different shapes came, {sorted({tuple(x.shape[1:]) for x in xs})}; must be one')
     return torch.cat(xs), torch.cat(ys), torch.tensor(index)
 
+# %% ../nbs/15_loader.ipynb #74f6e7ed
 def read_one(data, epoch, i, seed, bad, mark):
     "Sample i, or the first readable one of those drawn with its key: x (1, ...), y (1,), its index."
     draws = keyed(seed, epoch, i, 'substitute')
@@ -118,7 +126,7 @@ def read_one(data, epoch, i, seed, bad, mark):
             bad.append(BadSample(epoch, j, name, f'{type(e).__name__}: {e}'.replace(f'{name}: ', '')))
     raise TooManyBadSamples(len(bad), len(bad), 0, bad)
 
-# %% ../nbs/15_loader.ipynb #13f83dd6
+# %% ../nbs/15_loader.ipynb #ddd835e3
 class WorkerDied(RuntimeError):
     "A process that reads data ended by itself."
 
@@ -127,11 +135,13 @@ class WorkerTraceback(Exception):
     def __str__(self): return f'\n{self.args[0]}'
 
 def sendable(e:Exception) -> tuple: # -> an exception that survives the way to another process, its traceback as text
+    "An exception that survives the way to another process, and its traceback as text."
     text = ''.join(traceback.format_exception(e))
     try: pickle.loads(pickle.dumps(e))
     except Exception: e = RuntimeError(f'{type(e).__name__}: {e}')
     return e, text
 
+# %% ../nbs/15_loader.ipynb #15070fcf
 class Reader:
     "A `DataLoader`'s dataset: a micro-batch's pieces -> (Batch, bad samples, exception)."
     def __init__(self, data, seed:int, transforms, at): # at: one number a worker, the sample it is at
@@ -144,18 +154,21 @@ class Reader:
         except Exception as e: return None, bad, sendable(e) if worker else (e, None)
 
     def piece(self, epoch, index, bad, mark) -> Batch:
+        "This process's part of a micro-batch."
         batch = Batch(*read(self.data, epoch, index, self.seed, bad, mark), epoch, self.seed)
         for t in self.transforms: batch = t(batch)
         return batch
 
-# %% ../nbs/15_loader.ipynb #cd150b71
-def as_it_is(got): return got      # no lambda: a spawned worker must find it by name
+# %% ../nbs/15_loader.ipynb #1a1a10b0
+def as_it_is(got):
+    "What came; a spawned worker must find it by name."
+    return got      # no lambda: a spawned worker must find it by name
 
 class Begin:
     "What a worker does first: leave signals to the trainer, and die with it."
     def __init__(self, parent:int|None): self.parent = parent
     def __call__(self, worker):
-        for name in ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGUSR2'):
+        for name in ('SIGINT', 'SIGHUP', 'SIGTERM', 'SIGUSR1', 'SIGUSR2'):
             if hasattr(signal, name): signal.signal(getattr(signal, name), signal.SIG_IGN)
         if self.parent is not None and sys.platform == 'linux':
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)             # PR_SET_PDEATHSIG
@@ -166,18 +179,22 @@ class Line:
     def __init__(self, *args): self.args = args
     def __iter__(self): return micro_batches(*self.args)
 
+# %% ../nbs/15_loader.ipynb #540dc85d
 def start_workers(reader:Reader, line:Line, workers:int, prefetch:int, pin:bool, context):
     "An iterator over what `workers` processes read."
     # the kernel's word is about the thread that forks: a thread that ends before the run would take the workers along
     parent = os.getpid() if threading.current_thread() is threading.main_thread() else None
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='.*multi-threaded.*fork.*')
+        warnings.filterwarnings('ignore', message='This DataLoader will create')   # the head of a run says it, once, and names the option
         # a generator of its own: a DataLoader draws its seed, and the run's random numbers must not depend on that
-        return iter(DataLoader(reader, batch_size=None, sampler=line, num_workers=workers, prefetch_factor=prefetch, pin_memory=pin, collate_fn=as_it_is,
+        return iter(DataLoader(reader, batch_size=None, sampler=line, num_workers=workers, prefetch_factor=prefetch, pin_memory=pin,
+                               collate_fn=as_it_is,
                                worker_init_fn=Begin(parent), multiprocessing_context=context, generator=torch.Generator()))
 
+# %% ../nbs/15_loader.ipynb #7ce8e4bc
 def stop_workers(it, patience:float=5.) -> None:
-    "Ask the workers to leave, as the DataLoader does; end those that have not left after so many seconds (it would wait for one after the other)."
+    "Ask the workers to leave, as the DataLoader does, but all at once; end those that have not left after so many seconds."
     if not hasattr(it, '_workers') or it._shutdown: return
     if it._worker_pids_set:                                        # from here on a worker that ends is no accident
         _remove_worker_pids(id(it))
@@ -192,9 +209,10 @@ def stop_workers(it, patience:float=5.) -> None:
     for w in it._workers: w.kill(); w.join()
     it._shutdown_workers()
 
-# %% ../nbs/15_loader.ipynb #f2534559
+# %% ../nbs/15_loader.ipynb #3074eb6a
 log = logging.getLogger('flowbook.loader')
 
+# %% ../nbs/15_loader.ipynb #0022afb5
 class Loader:
     "Micro-batches without end; `errors` has the first 1,000 bad samples, `bad` and `seen` count, `waited` are seconds."
     def __init__(self, data, batch_size, seed, transforms, start, part, accumulate, workers, prefetch, pin, tolerance, floor, method):
@@ -229,11 +247,14 @@ class Loader:
         error, text = failure or (None, None)
         self.seen += 0 if batch is None else len(batch.index)
         allowed = max(self.floor, self.tolerance * self.seen)
-        if self.bad > allowed or isinstance(error, TooManyBadSamples): error, text = TooManyBadSamples(self.bad, max(self.seen, self.bad), allowed, self.errors), None
+        if self.bad > allowed or isinstance(error, TooManyBadSamples):
+            error, text = TooManyBadSamples(self.bad, max(self.seen, self.bad), allowed, self.errors), None
         if error is not None:
             self.close()
             if text: error.__cause__ = WorkerTraceback(text)
-            if isinstance(error, StopIteration): raise RuntimeError(f'a transform or the dataset raised StopIteration{error.args}') from error   # not: the end of the data
+            # not: the end of the data
+            if isinstance(error, StopIteration):
+                raise RuntimeError(f'a transform or the dataset raised StopIteration{error.args}') from error
             raise error
         if self._pin: return _each(batch, torch.Tensor.pin_memory)
         return _each(batch, torch.Tensor.clone) if self._own else batch  # out of memory shared with a worker, whoever keeps it and how long
@@ -251,10 +272,14 @@ class Loader:
         code, i = worker.exitcode, self._at[w]
         how = f'was killed by {signal.Signals(-code).name}' if code is not None and code < 0 else f'ended with status {code}'
         where = f'at sample {i} ({name_of(self.data, i)}), or one read together with it' if i >= 0 else 'before its first sample'
-        return (f'data worker {w} (process {worker.pid}) {how} {where}: SIGKILL is mostly the kernel, out of memory: fewer workers, or a smaller prefetch; '
+        return (f'data worker {w} (process {worker.pid}) {how} {where}: SIGKILL is mostly the kernel, out of memory: fewer workers, or a '
+                'smaller prefetch; '
                 'SIGBUS a full /dev/shm; SIGSEGV a decoder that crashes on this file')
 
-def _each(batch:Batch, f) -> Batch: return batch._replace(**{k: f(v) for k in ('x', 'y', 'index', 'target') if (v := getattr(batch, k)) is not None})
+# %% ../nbs/15_loader.ipynb #187d19db
+def _each(batch:Batch, f) -> Batch:
+    "A batch, each of its tensors through f."
+    return batch._replace(**{k: f(v) for k in ('x', 'y', 'index', 'target') if (v := getattr(batch, k)) is not None})
 
 # %% ../nbs/15_loader.ipynb #87026dac
 def loader(data,                 # a dataset of (x, y), as `batches` takes it

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LONGEST', 'SHOWN', 'PEAKS', 'plain', 'parsed', 'set_aside', 'now', 'flat', 'open_board', 'Journal', 'line',
            'duration', 'read_log', 'peak', 'memory', 'Speed', 'as_flow', 'wide', 'Sums', 'block_stats', 'groups',
-           'norms', 'filled', 'check_model', 'at_rest', 'drawn', 'grid', 'quality', 'plot_run']
+           'norms', 'filled', 'check_model', 'at_rest', 'drawn', 'grid', 'quality', 'plot_run', 'summary', 'main']
 
 # %% ../nbs/15_monitor.ipynb #85b769b3
 import datetime, json, math, os, re, sys, time, warnings
@@ -22,7 +22,7 @@ from .sampling import invert
 # %% ../nbs/15_monitor.ipynb #7c8d9a98
 # Axis legend of this module: b batch, n tokens, d numbers in a token, c h w image, t block.
 
-# %% ../nbs/15_monitor.ipynb #b40ee332
+# %% ../nbs/15_monitor.ipynb #3daa8e69
 def plain(v):
     "What JSON can hold: tensors become numbers, and a number that is none becomes null."
     if isinstance(v, dict): return {str(k): plain(u) for k, u in v.items()}
@@ -40,8 +40,9 @@ def parsed(line:bytes) -> dict|None:
     except (ValueError, RecursionError): return None
     return entry if isinstance(entry, dict) and type(entry.get('step')) is int else None
 
+# %% ../nbs/15_monitor.ipynb #4b6c868f
 def set_aside(path:Path, start:int) -> int: # -> how many
-    "Move the lines after step `start`, and torn ones, to `NAME.aside.jsonl`: what is left is one curve. The move survives a crash at any moment."
+    "Move the lines after step `start`, and torn ones, to `NAME.aside.jsonl`: what is left is one curve, also after a crash."
     if not path.exists(): return 0
     lines = path.read_bytes().splitlines(keepends=True)
     def stays(line): return line.endswith(b'\n') and (entry := parsed(line)) is not None and entry['step'] <= start
@@ -55,14 +56,17 @@ def set_aside(path:Path, start:int) -> int: # -> how many
     replace_bytes(path, b''.join(line for line in lines if stays(line)))
     return len(gone)
 
-def now() -> str: return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='milliseconds')
+def now() -> str:
+    "The time, UTC, for a log."
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='milliseconds')
 
-# %% ../nbs/15_monitor.ipynb #81a37aa1
+# %% ../nbs/15_monitor.ipynb #e8acef3e
 def flat(report:dict, prefix:str=''): # yields (name, number)
     "The numbers of a report, with names like 'blocks/3/z_std'."
     for k, v in report.items():
         if isinstance(v, dict): yield from flat(v, f'{prefix}{k}/')
-        elif isinstance(v, (list, tuple)): yield from flat({str(u.get('block', i) if isinstance(u, dict) else i): u for i, u in enumerate(v, 1)}, f'{prefix}{k}/')
+        elif isinstance(v, (list, tuple)):
+            yield from flat({str(u.get('block', i) if isinstance(u, dict) else i): u for i, u in enumerate(v, 1)}, f'{prefix}{k}/')
         elif isinstance(v, (int, float)) and not isinstance(v, bool): yield f'{prefix}{k}', v
 
 def open_board(folder:Path, start:int):
@@ -71,8 +75,9 @@ def open_board(folder:Path, start:int):
     except ImportError: return None
     return SummaryWriter(str(folder/'tensorboard'), purge_step=start + 1 if start else None)
 
+# %% ../nbs/15_monitor.ipynb #c6953ba5
 class Journal:
-    "The log of a run: `log.jsonl` in its folder always, TensorBoard if installed, a line on the console. Rank 0 writes, the others are silent."
+    "The log of a run: `log.jsonl` in its folder, TensorBoard if installed, a line on the console. Rank 0 writes."
     def __init__(self, folder,
                  start:int=0,            # steps done: of a resumed run
                  steps:int=None,         # of the whole run, for the console
@@ -81,7 +86,8 @@ class Journal:
                  rank:int=None):         # None: torch.distributed's, 0 without it
         check_whole('start', start, 0, what='the number of steps done, 0 or more')
         for name, v, least in (('steps', steps, 1), ('rank', rank, 0)): v is None or check_whole(name, v, least)
-        if console is not None and not callable(console): raise ValueError(f'console: {console!r} came, must be a function that takes a line of text, or None')
+        if console is not None and not callable(console):
+            raise ValueError(f'console: {console!r} came, must be a function that takes a line of text, or None')
         check_choice('tensorboard', tensorboard, (False, True))
         self.folder, self.start, self.steps, self.console = check_path('folder', folder), start, steps, console
         self.rank, self.file, self.board = rank_part()[0] if rank is None else rank, None, None
@@ -118,7 +124,8 @@ class Journal:
     def image(self, name:str, path, step:int) -> None:
         "A picture that was written; TensorBoard gets it, too."
         if self.file is None or path is None: return
-        if not isinstance(path, (str, os.PathLike)) or not Path(path).is_file(): raise ValueError(f'path: {path!r} came, must be a picture that was written')
+        if not isinstance(path, (str, os.PathLike)) or not Path(path).is_file():
+            raise ValueError(f'path: {path!r} came, must be a picture that was written')
         self.note('image', step, name=name, path=str(path))
         if self.board is not None:
             import numpy as np
@@ -128,7 +135,8 @@ class Journal:
     def record(self, logs, speed=None): # what `fit` yields; a `Speed`
         "A reader of `fit`: writes each report, with the speed since the last one, and passes it on."
         if not hasattr(logs, '__iter__'): raise ValueError(f'logs: {type(logs).__name__} came, must be what `fit` yields')
-        if speed is not None and not isinstance(speed, Speed): raise ValueError(f'speed: {type(speed).__name__} came, must be a Speed, or None')
+        if speed is not None and not isinstance(speed, Speed):
+            raise ValueError(f'speed: {type(speed).__name__} came, must be a Speed, or None')
         for report in logs:
             self._check(report)
             if speed is not None: report = {**report, **speed.read(report['step'])}
@@ -137,10 +145,12 @@ class Journal:
                 yield report
 
     def _check(self, report):
-        if not isinstance(report, dict) or type(report.get('step')) is not int: raise ValueError(f"report: {report!r:.60} came, must be a dictionary with the number of a 'step'")
+        if not isinstance(report, dict) or type(report.get('step')) is not int:
+            raise ValueError(f"report: {report!r:.60} came, must be a dictionary with the number of a 'step'")
 
     def _line(self, entry):
-        told, self.waiting = bool(self.waiting), self.waiting + json.dumps({'time': now(), **plain(entry)}, allow_nan=False).encode() + b'\n'
+        told, self.waiting = bool(self.waiting), self.waiting + json.dumps({'time': now(), **plain(entry)},
+                                                                           allow_nan=False).encode() + b'\n'
         try: self._push()
         except OSError as e:                                                     # a full disk: no reason to lose what was computed
             if not told: warnings.warn(f'{self.path} cannot be written ({e.strerror}); its lines wait for room, the training goes on')
@@ -149,6 +159,7 @@ class Journal:
         while self.waiting: self.waiting = self.waiting[self.file.write(self.waiting):]
 
     def close(self) -> None:
+        "What is still waiting is written, where there is room; the files are closed."
         if self.file is not None:
             with suppress(OSError): self._push()                                 # there may be room by now
         for f in (self.file, self.board):
@@ -158,8 +169,9 @@ class Journal:
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
 
-# %% ../nbs/15_monitor.ipynb #c4b79815
-SHOWN = {'loss': 'loss {:.4f}', 'grad_norm': 'gradient {:.3g}', 'lr': 'lr {:.2g}', 'images_per_s': '{:,.0f} images/s', 'peak_share': '{:.0%} of peak',
+# %% ../nbs/15_monitor.ipynb #de494240
+SHOWN = {'loss': 'loss {:.4f}', 'grad_norm': 'gradient {:.3g}', 'lr': 'lr {:.2g}', 'images_per_s': '{:,.0f} images/s',
+         'peak_share': '{:.0%} of peak',
          'data_wait': '{:.0%} waiting', 'memory_gb': '{:.1f} GB', 'fid': 'FID {:.2f}'}
 
 def line(report:dict, steps:int=None) -> str: # of the whole run
@@ -175,6 +187,7 @@ def duration(seconds:float) -> str:
     if s >= 3600: return f'{s // 3600} h {s % 3600 // 60:02} min'
     return f'{s // 60} min {s % 60:02} s'
 
+# %% ../nbs/15_monitor.ipynb #ce07a9d9
 def read_log(folder, events:bool=False) -> list: # of dicts, in order of the steps
     "The reports of a run, or its events; a torn last line is left out, null is NaN. A warning counts other lines that are no reports."
     path = check_path('folder', folder)
@@ -184,10 +197,12 @@ def read_log(folder, events:bool=False) -> list: # of dicts, in order of the ste
     lines = path.read_bytes().splitlines(keepends=True)
     entries = [parsed(l) for l in lines]
     odd = [k for k, (l, e) in enumerate(zip(lines, entries), 1) if e is None and l.endswith(b'\n') and l.strip()]
-    if odd: warnings.warn(f'{path}: {len(odd)} of {len(lines)} lines are no reports and are left out, the first is line {odd[0]}; the file is damaged, or something else wrote there')
+    if odd:
+        warnings.warn(f'{path}: {len(odd)} of {len(lines)} lines are no reports and are left out, the first is line {odd[0]}; the file is '
+                      'damaged, or something else wrote there')
     return [{k: math.nan if v is None else v for k, v in e.items()} for e in entries if e is not None and ('event' in e) == events]
 
-# %% ../nbs/15_monitor.ipynb #f521698b
+# %% ../nbs/15_monitor.ipynb #77535b9f
 # dense FLOP/s of the datasheets (their sparse figures halved); a precision that is missing is not in the hardware
 PEAKS = {r'A100|A800': {'bf16': 312e12, 'tf32': 156e12, 'fp32': 19.5e12},
          r'H[18]00 PCIe': {'bf16': 756.5e12, 'tf32': 378e12, 'fp32': 51e12},
@@ -207,6 +222,7 @@ PEAKS = {r'A100|A800': {'bf16': 312e12, 'tf32': 156e12, 'fp32': 19.5e12},
          r'V100-PCIE': {'fp32': 14e12},
          r'T4$': {'fp32': 8.1e12}}
 
+# %% ../nbs/15_monitor.ipynb #afea17c0
 def peak(device, precision:str='bf16') -> float|None: # a device, or its name as CUDA gives it
     "Dense FLOP/s that a device can do at most; None where we do not know (CPUs, MPS, parts of a GPU, other cards)."
     check_choice('precision', precision, ('bf16', 'tf32', 'fp32'))
@@ -224,8 +240,10 @@ def memory(device='cpu') -> float: # gigabytes (10^9 bytes)
     except (OSError, AttributeError, ValueError): pass
     try: import resource
     except ImportError: return math.nan                             # Windows
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / 1e9   # there the most it ever held
+    # there the most it ever held
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / 1e9
 
+# %% ../nbs/15_monitor.ipynb #ab901a25
 class Speed:
     "How fast a run is between two reports, and what it waits for."
     def __init__(self, batch_size:int,    # images a step, over all ranks
@@ -237,7 +255,8 @@ class Speed:
         for name, v, least in (('batch_size', batch_size, 1), ('start', start, 0)): check_whole(name, v, least)
         for name, v in (('world', world), ('steps', steps)): v is None or check_whole(name, v)
         if flops is not None: check_number('flops', flops, 0)
-        self.batch_size, self.flops, self.world, self.device, self.step, self.steps = batch_size, flops, world or ranks(), check_device('device', device, here=False), start, steps
+        self.batch_size, self.flops, self.world, self.step, self.steps = batch_size, flops, world or ranks(), start, steps
+        self.device = check_device('device', device, here=False)
         self.peak, self.began, self.waited, self.out = peak(device, precision), time.perf_counter(), 0., 0.
         self.resting = False
 
@@ -268,40 +287,47 @@ class Speed:
         seconds, done, waited = max(at - self.began - self.out, 1e-9), step - self.step, self.waited
         self.began, self.step, self.waited, self.out = at, step, 0., 0.
         if done < 1: return {}
-        found = {'images_per_s': done * self.batch_size / seconds, 'step_s': seconds / done, 'data_wait': min(1., waited / seconds), 'memory_gb': memory(self.device)}
+        found = {'images_per_s': done * self.batch_size / seconds, 'step_s': seconds / done, 'data_wait': min(1., waited / seconds),
+                 'memory_gb': memory(self.device)}
         if self.flops: found['flops_per_s'] = done * self.flops / seconds / self.world                   # of one device
         if self.flops and self.peak: found['peak_share'] = found['flops_per_s'] / self.peak
         if self.steps: found['left_s'] = (self.steps - step) * seconds / done
         return found
 
-# %% ../nbs/15_monitor.ipynb #4ba307cf
+# %% ../nbs/15_monitor.ipynb #48a5ba32
 def as_flow(model:nn.Module, x:Tensor) -> tuple: # -> a Flow, what it takes
     "The flow of a model, and images as it sees them: a joint model's encoder comes first, with numbers of its own for the noise."
     check_tensor('x', x, 'b ...')
-    if not hasattr(model, 'parts') and not hasattr(model, 'latent'): raise ValueError(f'model: {type(model).__name__} came, must be a Flow, or a model with a flow in it (SimFlow)')
+    if not hasattr(model, 'parts') and not hasattr(model, 'latent'):
+        raise ValueError(f'model: {type(model).__name__} came, must be a Flow, or a model with a flow in it (SimFlow)')
     if not hasattr(model, 'latent'): return model, x
-    e = torch.randn(len(x), model.posterior.draws(model.N), generator=torch.Generator().manual_seed(0))   # the run's random numbers stay as they are
+    # the run's random numbers stay as they are
+    e = torch.randn(len(x), model.posterior.draws(model.N), generator=torch.Generator().manual_seed(0))
     return model.flow, model.latent(x, e.to(x)).x
 
 def wide(t:Tensor) -> Tensor:
     "In float64, on the CPU where the device has none."
     return (t.cpu() if t.device.type == 'mps' else t).detach().double()
 
+# %% ../nbs/15_monitor.ipynb #8bc80658
 class Sums:
     "Mean and spread of numbers, over all ranks at the end."
     def __init__(self): self.rows, self.names = [], []
     def add(self, name, v:Tensor, count:int=None): # more numbers than came: the others are zero
+        "Numbers under a name; count: how many they stand for."
         v = wide(v)
         self.names.append(name); self.rows.append(torch.stack([v.new_tensor(float(count or v.numel())), v.sum(), v.square().sum()]))
     def read(self) -> dict: # name -> (mean, standard deviation)
+        "name -> (mean, standard deviation), over all ranks."
         t = torch.stack(self.rows)
         if ranks() > 1: torch.distributed.all_reduce(t)
         n, s, q = t.unbind(1)
         return dict(zip(self.names, zip((s / n).tolist(), (q / n - (s / n)**2).clamp(min=0).sqrt().tolist())))
 
+# %% ../nbs/15_monitor.ipynb #feb3e552
 @torch.no_grad()
 def block_stats(model:nn.Module, x:Tensor, y=None) -> list: # (b, ...) images, labels -> one dict a block
-    "Mean and spread of z after each block, of alpha, and the block's share of logdet; over the batches of all ranks, which must all call it."
+    "Mean and spread of z after each block, of alpha, and the block's share of logdet, over the batches of all ranks, together."
     flow, x = as_flow(model, x)
     parts, sums, undo = flow.parts(), Sums(), []
     def seen(t):
@@ -319,7 +345,8 @@ def block_stats(model:nn.Module, x:Tensor, y=None) -> list: # (b, ...) images, l
             if hasattr(part, 'split'):
                 part.split = spied(t, part, part.split)
                 undo.append(lambda part=part: delattr(part, 'split'))
-        with torch.compiler.set_stance('force_eager'): flow(x, y if flow.classes else None)                # compiled code does not see new hooks
+        # compiled code does not see new hooks
+        with torch.compiler.set_stance('force_eager'): flow(x, y if flow.classes else None)
     finally:
         for f in undo: f()
     got = sums.read()
@@ -330,10 +357,11 @@ def block_stats(model:nn.Module, x:Tensor, y=None) -> list: # (b, ...) images, l
         return {'block': t, 'z_mean': z, 'z_std': z_std, **alpha, 'logdet': ld, 'logdet_share': abs(ld) / total}
     return [one(t) for t in range(1, len(parts) + 1)]
 
-# %% ../nbs/15_monitor.ipynb #7c2c4adc
+# %% ../nbs/15_monitor.ipynb #90d23782
 def groups(*modules:nn.Module) -> dict: # name -> parameters
     "Parameters by block; what is in no block goes by the part of the model that it is in: encoder, decoder, projector, ..."
-    if not modules or not all(isinstance(m, nn.Module) for m in modules): raise ValueError(f'modules: {", ".join(type(m).__name__ for m in modules) or "none"} came, must be one module or more')
+    if not modules or not all(isinstance(m, nn.Module) for m in modules):
+        raise ValueError(f'modules: {", ".join(type(m).__name__ for m in modules) or "none"} came, must be one module or more')
     out, known = {}, set()
     def put(name, params):
         new = [p for p in params if id(p) not in known]
@@ -346,6 +374,7 @@ def groups(*modules:nn.Module) -> dict: # name -> parameters
         for name, p in m.named_parameters(): put(name.split('.')[0], [p])
     return out
 
+# %% ../nbs/15_monitor.ipynb #5a7e3c7c
 @torch.no_grad()
 def norms(*modules:nn.Module) -> dict: # name -> {'weight': norm, 'grad': norm}
     "Norms of weights and of the gradients that the last step left (clipped), by group; of sharded parameters, too. All ranks must call it."
@@ -363,7 +392,7 @@ def norms(*modules:nn.Module) -> dict: # name -> {'weight': norm, 'grad': norm}
     if ranks() > 1: torch.distributed.all_reduce(t)
     return {k: {'weight': w, 'grad': g} for k, (w, g) in zip(found, t.sqrt().view(-1, 2).tolist())}
 
-# %% ../nbs/15_monitor.ipynb #e5cc11d6
+# %% ../nbs/15_monitor.ipynb #1a599cf0
 def filled(model:nn.Module,       # a plain module
            tensors:dict           # name -> tensor or DTensor: of a sharded model, of its average, ...
           ) -> nn.Module:
@@ -373,7 +402,9 @@ def filled(model:nn.Module,       # a plain module
     if not isinstance(tensors, dict): raise ValueError(f'tensors: {type(tensors).__name__} came, must be a dictionary of names and tensors')
     if wrong := [k for k in tensors if k not in state]: raise ValueError(f'tensors: {wrong[0]!r} is no tensor of {type(model).__name__}')
     for k, t in tensors.items():                                    # `copy_` would stretch a tensor of one number over all places
-        if not isinstance(t, Tensor) or t.shape != state[k].shape: raise ValueError(f'tensors: {k} is {tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__}, must be a tensor {tuple(state[k].shape)}')
+        if not isinstance(t, Tensor) or t.shape != state[k].shape:
+            raise ValueError(f'tensors: {k} is {tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__}, must be a tensor '
+                             f'{tuple(state[k].shape)}')
     with torch.no_grad():
         for k, t in tensors.items(): state[k].copy_(t.full_tensor() if hasattr(t, 'full_tensor') else t)
     return model
@@ -382,6 +413,7 @@ def check_model(model) -> None:
     "ValueError for what is no module."
     if not isinstance(model, nn.Module): raise ValueError(f'model: {type(model).__name__} came, must be a torch module')
 
+# %% ../nbs/15_monitor.ipynb #fd349001
 @contextmanager
 def at_rest(model:nn.Module):
     "In eval mode meanwhile, then as it was."
@@ -391,6 +423,7 @@ def at_rest(model:nn.Module):
     finally:
         for m, training in modes: m.training = training
 
+# %% ../nbs/15_monitor.ipynb #618d4ab0
 def drawn(model:nn.Module,        # a TarFlow, or a model with .flow and .decode (LatentFlow, SimFlow)
           n:int,                  # samples, over all ranks
           seed:int=0, *, guidance=None,
@@ -399,64 +432,109 @@ def drawn(model:nn.Module,        # a TarFlow, or a model with .flow and .decode
           decode=None,            # latents -> images; None: the model's own, if it has one
           solver='sequential',    # 'auto' may find another in each process, and so other last digits
           dtype=None, batch_size:int=64, part:tuple=None): # of the network; samples at once; (rank, world)
-    "Batches of this rank's part of `n` samples. Sample i has the noise and the label of its number: the same at any step, batch size and number of ranks."
+    "Batches of this rank's part of `n` samples. Noise and label of sample i depend on its number alone, at any step, on any rank."
     check_model(model)
-    if not hasattr(flow := getattr(model, 'flow', model), 'z_shape'): raise ValueError(f'model: {type(model).__name__} came, must be a flow, or a model with a .flow')
+    if not hasattr(flow := getattr(model, 'flow', model), 'z_shape'):
+        raise ValueError(f'model: {type(model).__name__} came, must be a flow, or a model with a .flow')
     if decode is not None and not callable(decode): raise ValueError(f'decode: {decode!r} came, must be a function of latents, or None')
-    if guidance is not None and not isinstance(guidance, Guidance): raise ValueError(f'guidance: {guidance!r} came, must be None, or for instance ClassGuidance(1.)')
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point): raise ValueError(f'dtype: {dtype!r} came, must be a floating type, such as torch.bfloat16, or None')
-    if part is not None and not (isinstance(part, tuple) and len(part) == 2 and all(type(k) is int for k in part) and 0 <= part[0] < part[1]): raise ValueError(f'part: {part!r} came, must be (rank, ranks), or None')
+    if guidance is not None and not isinstance(guidance, Guidance):
+        raise ValueError(f'guidance: {guidance!r} came, must be None, or for instance ClassGuidance(1.)')
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f'dtype: {dtype!r} came, must be a floating type, such as torch.bfloat16, or None')
+    if part is not None and not (isinstance(part, tuple) and len(part) == 2 and all(type(k) is int for k in part)
+                                 and 0 <= part[0] < part[1]):
+        raise ValueError(f'part: {part!r} came, must be (rank, ranks), or None')
     for name, v, least in (('n', n, 1), ('batch_size', batch_size, 1), ('seed', seed, 0)): check_whole(name, v, least)
     check_number('sigma', sigma, 0); check_number('gamma', gamma)
     decode = decode or getattr(model, 'decode', None)
-    if any(hasattr(p, 'full_tensor') for p in model.parameters()): raise ValueError('model: its parameters are sharded; sample from a plain copy, filled(copy, dict(model.named_parameters()))')
+    if any(hasattr(p, 'full_tensor') for p in model.parameters()):
+        raise ValueError('model: its parameters are sharded; sample from a plain copy, filled(copy, dict(model.named_parameters()))')
     rank, world = part or rank_part()
     like, scale = next(flow.parameters()), torch.as_tensor(flow.prior_var).sqrt()
     normal = lambda i: torch.from_numpy(keyed(seed, 0, i, 'sample').standard_normal(flow.z_shape, dtype='float32'))
-    labels = lambda i: i * flow.classes // n if n < flow.classes else i % flow.classes                    # few samples: spread over the classes
+    # few samples: spread over the classes
+    labels = lambda i: i * flow.classes // n if n < flow.classes else i % flow.classes
     def stream():
         for index in torch.arange(n)[rank::world].split(batch_size):
             y = labels(index).to(like.device) if flow.classes else None
             with at_rest(model), torch.no_grad():
-                x = invert(flow, torch.stack([normal(int(i)) for i in index]).to(like) * scale.detach().to(like), y, guidance, solver, dtype=dtype)
+                x = invert(flow, torch.stack([normal(int(i)) for i in index]).to(like) * scale.detach().to(like), y, guidance, solver,
+                           dtype=dtype)
                 if sigma: x = denoise(flow, x, sigma, y)
                 if gamma: x = score_guidance(flow, x, y, gamma)
                 x = x if decode is None else decode(x)
             yield x
     return stream()
 
+# %% ../nbs/15_monitor.ipynb #9098f52d
 def grid(model:nn.Module, folder, step:int, n:int=64, seed:int=0, nrow:int=8, **how) -> Path|None: # how: see `drawn`
     "Samples as `samples/step-00001000.png` in a run's folder; each rank draws its part, rank 0 writes and returns the path."
     for name, v, least in (('n', n, 1), ('step', step, 0), ('nrow', nrow, 1)): check_whole(name, v, least)
     if n < ranks(): raise ValueError(f'n: {n} samples for {ranks()} ranks; give each one or more')
-    if (folder := check_path('folder', folder)).is_file(): raise ValueError(f'folder: {folder} is a file; the samples of a run lie in its folder')
+    if (folder := check_path('folder', folder)).is_file():
+        raise ValueError(f'folder: {folder} is a file; the samples of a run lie in its folder')
     x = torch.cat([*drawn(model, n, seed, **how)])
     if ranks() > 1: x = gathered(x)
     return save_images(x.cpu(), folder/'samples'/f'step-{step:08}.png', nrow) if rank_part()[0] == 0 else None
 
 def quality(model:nn.Module, reference, # Statistics, their file, a dataset, a folder
-            n:int, metrics=('fid',), extractor='inception', seed:int=0, *, device=None, batch_size:int=64, **how) -> dict: # how: see `drawn`
+            # how: see `drawn`
+            n:int, metrics=('fid',), extractor='inception', seed:int=0, *, device=None, batch_size:int=64, **how) -> dict:
     "FID and more of `n` samples that all ranks draw; the same numbers on every rank. Broken samples are left out and counted."
     check_whole('n', n, 2 * ranks(), what=f'a number of samples, 2 or more on each of {ranks()} ranks')
     check_model(model)
     device = next(model.parameters()).device if device is None else device
-    return evaluate(drawn(model, n, seed, batch_size=batch_size, **how), reference, metrics, extractor, batch_size=batch_size, device=device, on_broken='drop')
+    return evaluate(drawn(model, n, seed, batch_size=batch_size, **how), reference, metrics, extractor, batch_size=batch_size,
+                    device=device, on_broken='drop')
 
-# %% ../nbs/15_monitor.ipynb #d3e6ed3a
+# %% ../nbs/15_monitor.ipynb #694d68a4
 def plot_run(folder):
     "Loss, gradient norm and speed of a run over its steps, FID where it was measured; dotted lines where it was resumed. The figure."
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogFormatter
     log, resumed = read_log(folder), [e['step'] for e in read_log(folder, events=True) if e['event'] == 'resumed']
     is_number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)      # a log may say anything; a curve has numbers
-    kinds = [('loss', 'loss', {}), ('grad_norm', 'gradient norm', {'yscale': 'log'}), ('images_per_s', 'images/s', {'ylim': (0, None)}), ('fid', 'FID', {})]
+    kinds = [('loss', 'loss', 'nats a dimension', {}), ('grad_norm', 'gradient', 'norm', {'yscale': 'log'}),
+             ('images_per_s', 'speed', 'images a second', {'ylim': (0, None)}), ('fid', 'FID', 'FID', {})]
     kinds = [k for k in kinds if any(is_number(r.get(k[0])) for r in log)]
     if not kinds: raise ValueError(f'folder: the log in {folder} has no report with loss, grad_norm, images_per_s or fid yet')
-    fig, axs = plt.subplots(1, len(kinds), figsize=(2.6 * len(kinds), 2.2), squeeze=False)
-    for ax, (key, label, how) in zip(axs[0], kinds):
+    fig, axs = plt.subplots(1, len(kinds), figsize=(2.7 * len(kinds), 2.3), squeeze=False, constrained_layout=True)
+    for ax, (key, title, unit, how) in zip(axs[0], kinds):
         rows = [r for r in log if is_number(r.get(key))]
         ax.plot([r['step'] for r in rows], [r[key] for r in rows], 'ko-' if key == 'fid' else 'k-', lw=1, ms=3)
-        for s in resumed: ax.axvline(s, color='C1', ls=':', lw=1)
-        ax.set(xlabel='step', title=label, **how)
-        if how.get('yscale') == 'log': ax.yaxis.set_major_formatter(LogFormatter()); ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, .4)))
+        for s in resumed: ax.axvline(s, color='.4', ls=':', lw=1)
+        ax.set(xlabel='step' + ' (dotted: resumed)' * bool(resumed), ylabel=unit, title=title, **how)
+        if how.get('yscale') == 'log':
+            ax.yaxis.set_major_formatter(LogFormatter()); ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, .4)))
     return fig
+
+# %% ../nbs/15_monitor.ipynb #1e3b0c6f
+def summary(folder) -> str:
+    "The newest report of a run, and its events, for people."
+    log, events = read_log(folder), read_log(folder, events=True)
+    if not log: raise ValueError(f'folder: the log in {folder} has no report yet')
+    newest = log[-1]
+    seen = {e['event']: f'{e["event"]} at step {e["step"]:,}' for e in events if e['event'] != 'image'}     # of each kind, the last
+    return '\n'.join([f'{newest.get("time", "")}  {line(newest)}', *[f'  {words}' for words in seen.values()]])
+
+def main(argv=None) -> Path:
+    "`python -m flowbook.monitor RUN`: its picture, and its newest report."
+    import argparse
+    p = argparse.ArgumentParser('python -m flowbook.monitor', description='The picture of a run, also while it goes on, and its newest '
+                                                                          'report.')
+    p.add_argument('run', help="the run's folder, which holds log.jsonl")
+    p.add_argument('--out', help='where the picture goes (default: RUN/run.png)')
+    a = p.parse_args(argv)
+    import matplotlib
+    matplotlib.use('agg')                                                        # a shell on a cluster has no screen
+    print(summary(a.run))
+    path = Path(a.out or Path(a.run)/'run.png')
+    plot_run(a.run).savefig(path, dpi=150)
+    print(f'wrote {path}')
+    return path
+
+# %% ../nbs/15_monitor.ipynb #14f4ac26
+#| eval: false
+if __name__ == '__main__' and '__file__' in globals():
+    try: main()
+    except (ValueError, OSError) as e: sys.exit(f'monitor: {e}')

@@ -1,6 +1,7 @@
 """The log book of a run: one curve through resumes, speed and its peak, the inside of flows, samples and FID over processes."""
 import json
 import math
+import subprocess
 import sys
 import time
 import types
@@ -490,7 +491,7 @@ def test_plot_run(tmp_path):
     with Journal(tmp_path, start=30, console=None) as j:
         j.write({'step': 40, 'loss': math.nan, 'grad_norm': 1.})
     fig = plot_run(tmp_path)
-    assert [ax.get_title() for ax in fig.axes] == ['loss', 'gradient norm', 'images/s']       # the FID was measured after step 30: aside
+    assert [ax.get_title() for ax in fig.axes] == ['loss', 'gradient', 'speed'] and all(ax.get_xlabel() and ax.get_ylabel() for ax in fig.axes)   # the FID was measured after step 30: aside
     loss = fig.axes[0].lines[0].get_xydata()
     assert loss[:, 0].tolist() == [10, 20, 30, 40] and math.isnan(loss[3, 1])
     assert all(ax.lines[-1].get_xdata()[0] == 30 for ax in fig.axes)                         # the resume
@@ -578,3 +579,14 @@ def test_sharded_parameters_have_the_norms_of_whole_ones(tmp_path):
             assert s == pytest.approx(t, abs=1e-6)
         assert all(torch.equal(v, got['whole'][k]) for k, v in flow.state_dict().items())
         assert 'sharded' in got['refused'] and 'filled' in got['refused']
+
+
+def test_the_picture_of_a_run_from_a_shell(tmp_path, capsys):
+    with Journal(tmp_path, steps=4, console=None, tensorboard=False) as journal:
+        for k in (1, 2): journal.write({'step': k, 'loss': 2. - k / 4, 'grad_norm': 1., 'images_per_s': 100.})
+        journal.note('saved', 2)
+    found = subprocess.run([sys.executable, '-m', 'flowbook.monitor', str(tmp_path)], capture_output=True, text=True)
+    assert found.returncode == 0 and (tmp_path/'run.png').stat().st_size > 5000 and 'step 2' in found.stdout and 'saved at step 2' in found.stdout, found
+    missing = subprocess.run([sys.executable, '-m', 'flowbook.monitor', str(tmp_path/'none')], capture_output=True, text=True)
+    assert missing.returncode == 1 and missing.stderr.startswith('monitor: folder: ') and 'Traceback' not in missing.stderr
+    assert monitor.main([str(tmp_path), '--out', str(tmp_path/'other.png')]) == tmp_path/'other.png' and (tmp_path/'other.png').exists()

@@ -75,9 +75,11 @@ DOORS = [
     door('grid', lambda tmp: dict(model=flow(), folder=tmp/'run', step=1, n=2, seed=0, nrow=2), model=MODELS, folder=FOLDERS, step=whole(0), n=whole(), seed=whole(0), nrow=whole()),
     door('quality', lambda tmp: dict(model=flow(), reference=digits(), n=4, metrics=('fid',), extractor='digits', seed=0, batch_size=4), model=MODELS, n=whole(2), metrics=['fod', ('fid', 'x')], seed=whole(0), batch_size=whole()),
     door('plot_run', lambda tmp: dict(folder=run(tmp)), folder=[*FOLDERS, 'not there']),
+    door('summary', lambda tmp: dict(folder=run(tmp)), folder=[*FOLDERS, 'not there']),
 ]
 INNER = {
     'of the log: called by Journal and read_log, which have looked at folder and steps; what a log may hold is tested in test_monitor.py': 'plain parsed set_aside now flat open_board line duration',
     'checks themselves': 'check_model',
+    'a command line, tested in test_monitor.py': 'main',
     'of a flow that block_stats has looked at': 'as_flow wide Sums',
 }
