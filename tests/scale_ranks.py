@@ -226,6 +226,37 @@ def once(rank, n, folder, kinds):
     return found
 
 
+def begin(rank, n, folder):
+    "Two processes begin from a step of a run that one process makes, whole and sharded, and from its weights; -> how far their ends are from those of one process."
+    from pathlib import Path
+
+    import test_scale as t
+    from safetensors.torch import load_file
+
+    from flowbook import scale
+    from flowbook.checkpoint import problems
+    join('cpu', sharded=True)
+    found, c = {}, t.tiny('optim.ema=0.9', 'system.amp=off')
+    def end(out):
+        assert not problems(Path(out)/'checkpoints'/'step-00000008')
+        whole = load_file(Path(out)/'model'/'model.safetensors')
+        return torch.cat([v.flatten() for _, v in sorted(whole.items())])
+    for kind in ('ddp', 'fsdp'):
+        out = f'{folder}/{kind}'
+        how = t.override(c, [f'system.parallel={kind}'])
+        first = scale.train(how, f'{out}-a', device='cpu', every=1, save_every=2, keep=10, console=None, data=t.few(), tensorboard=False)
+        assert first.state == 'done'
+        for name, config, start in (('same', how, f'{out}-a@4'), ('other', t.override(how, ['optim.lr=1e-4']), f'{out}-a@4'), ('weights', how, f'{out}-a/model')):
+            done = scale.train(config, f'{out}-{name}', start=start, device='cpu', every=1, save_every=100, console=None, data=t.few(), tensorboard=False)
+            assert done.step == 8
+        with __import__('pytest').raises(ValueError, match='does not fit'):
+            scale.train(t.override(how, ['flow.dim=48']), f'{out}-wide', start=f'{out}-a@4', device='cpu', console=None, data=t.few(), tensorboard=False)
+        found[kind] = (end(f'{out}-a') - end(f'{out}-same')).abs().max().item()
+        assert (end(f'{out}-a') - end(f'{out}-other')).abs().max() > 1e-4 and (end(f'{out}-a') - end(f'{out}-weights')).abs().max() > 1e-4
+    leave()
+    return found
+
+
 def left_out(rank, n):
     "A NaN in one number of rank 1's gradient, after the ranks have averaged; -> does step 4 change weights or AdamW's memory? Whole, sharded."
     from flowbook.checkpoint import pack

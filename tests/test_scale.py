@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import in_ranks
-from scale_ranks import KINDS, SHARDED, compare, left_out, once, same, through, train as train_kind
+from scale_ranks import KINDS, SHARDED, begin, compare, left_out, once, same, through, train as train_kind
 from torch import nn
 
 from flowbook import scale
 from flowbook.checkpoint import CheckpointError, Run, problems
-from flowbook.configs import CONFIGS, find_config, override
+from flowbook.configs import CONFIGS, changed, find_config, override
 from flowbook.data import InMemory, batches, load
 from flowbook.flows import shake
 from flowbook.scale import Parallel, Stop, World, buckets, compiling, in_buckets, layers_of, leaves, recomputing, train, units
@@ -122,6 +122,21 @@ def test_a_signal_is_told_once_closed_it_is_as_before():
     assert {s: signal.getsignal(s) for s in before} == before
 
 
+def test_a_signal_that_is_ignored_stays_ignored_and_the_second_ctrl_c_is_the_old_one(monkeypatch):
+    was = signal.signal(signal.SIGHUP, signal.SIG_IGN)                           # as nohup does
+    try:
+        stop = Stop(World())
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.told() and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        monkeypatch.setitem(sys.modules, 'ipykernel', sys)                         # a notebook's kernel is not to die of it
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.told() and stop.seen == 'SIGINT'
+        with pytest.raises(KeyboardInterrupt): os.kill(os.getpid(), signal.SIGINT); time.sleep(5)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        stop.quiet(); signal.signal(signal.SIGHUP, was)
+
+
 def test_join_names_what_is_wrong(monkeypatch):
     with pytest.raises(ValueError, match='device.*tpu'): scale.join('tpu')
     if not torch.cuda.is_available():
@@ -184,6 +199,105 @@ def test_told_to_stop_it_saves_at_that_step_and_goes_on(tmp_path):
     assert quick(c, tmp_path/'a', save_every=100).state == 'done' and equal(tensors(tmp_path/'a', 8), tensors(tmp_path/'whole', 8))
 
 
+CTRL_C = pytest.mark.fault('processes', 'Ctrl-C, or the terminal of a training closes (SIGINT, SIGHUP)', 'it saves at that step and leaves with status 75; Ctrl-C twice ends at once, and what was saved is intact; the same command goes on')
+
+
+@CTRL_C
+@pytest.mark.parametrize('sign', [signal.SIGINT, signal.SIGHUP])
+def test_ctrl_c_and_a_closed_terminal_save_and_leave(tmp_path, sign):
+    c = tiny()
+    told = quick(c, tmp_path/'a', save_every=100, console=lambda line: os.kill(os.getpid(), sign) if 'step 3 of' in line else None)
+    assert told.state == 'stopped' and told.step == 4 and Run(tmp_path/'a', write=False).steps() == [4]
+    assert [l['by'] for l in map(json.loads, (tmp_path/'a'/'log.jsonl').read_text().splitlines()) if l.get('event') == 'stopped'] == [sign.name]
+    quick(c, tmp_path/'whole', save_every=100)
+    assert quick(c, tmp_path/'a', save_every=100).state == 'done' and equal(tensors(tmp_path/'a', 8), tensors(tmp_path/'whole', 8))
+
+
+# a new run from another's checkpoint, or from weights
+
+def events(folder, kind): return [l for l in map(json.loads, (folder/'log.jsonl').read_text().splitlines()) if l.get('event') == kind]
+
+
+FROM = pytest.mark.fault('configuration', 'a run is to go on with another learning rate, noise or precision, in a new folder: --from RUN@STEP', 'it begins with the weights, average and optimiser of that step; unchanged, it ends with the same bits; both runs and what differs are in its log; nothing to do')
+
+
+@FROM
+def test_a_new_run_begins_from_a_step_of_another(tmp_path, tried):
+    c, lines = tiny('optim.ema=0.9'), []
+    quick(c, tmp_path/'a')
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path/'a').rglob('*')}
+    assert quick(c, tmp_path/'b', start=f'{tmp_path}/a@3', save_every=100).state == 'done'
+    assert equal(tensors(tmp_path/'a', 8), tensors(tmp_path/'b', 8)) and equal(tensors(tmp_path/'a', 3), tensors(tmp_path/'b', 3))
+    other = override(c, ['optim.lr=1e-4', 'optim.warmup=1', 'optim.clip=0.5', 'optim.ema=0.5', 'noise.sigma=0.2', 'seed=3', 'system.checkpoint=true'])
+    done = quick(other, tmp_path/'c', start=f'{tmp_path}/a@5', console=lines.append)
+    assert done == scale.Outcome('done', 8, tmp_path/'c'/'model') and [l['step'] for l in map(json.loads, (tmp_path/'c'/'log.jsonl').read_text().splitlines()) if 'loss' in l] == [6, 7, 8]
+    said, = events(tmp_path/'c', 'from')
+    assert said['run'] == str(tmp_path/'a') and said['out'] == str(tmp_path/'c') and said['step'] == 5 and said['changed']['optim.lr'] == [c.optim.lr, 1e-4] and 'system.checkpoint' in said['changed']
+    assert f'begins from {tmp_path/"a"} at step 5' in lines[0] and not equal(tensors(tmp_path/'a', 8), tensors(tmp_path/'c', 8)) and equal(tensors(tmp_path/'a', 5), tensors(tmp_path/'c', 5))
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path/'a').rglob('*')}      # nothing is written there
+    stopped = quick(other, tmp_path/'d', start=f'{tmp_path}/a@5', save_every=100, console=lambda line: os.kill(os.getpid(), signal.SIGUSR1) if 'step 6 of' in line else None)
+    assert stopped.step == 7 and quick(other, tmp_path/'d', start=f'{tmp_path}/a@5').state == 'done' and equal(tensors(tmp_path/'d', 8), tensors(tmp_path/'c', 8))   # the same command goes on
+    assert quick(other, tmp_path/'d').state == 'done'                              # and without --from, too
+    with pytest.raises(ValueError, match='began from .*a, and .* came'): quick(other, tmp_path/'d', start=f'{tmp_path}/c@6')
+    with pytest.raises(ValueError, match='began as a new one'): quick(c, tmp_path/'a', start=f'{tmp_path}/c@6')
+    tried(times=3, said=lines[0])
+
+
+UNFIT_START = pytest.mark.fault('configuration', 'a run is to begin from one of another architecture, from a step that is not there, or from its own folder', 'it is refused, and what does not fit is named; the other run is as it was: give the same architecture, another step or another folder')
+
+
+@UNFIT_START
+def test_what_a_new_run_cannot_begin_from(tmp_path, tried):
+    c = tiny(steps=4)
+    quick(c, tmp_path/'a')
+    (tmp_path/'empty').mkdir()
+    cases = [(c, f'{tmp_path}/a@9', 'no checkpoint of step 9; there are 1, 2, 3, 4'), (c, tmp_path/'none', 'there is no folder'), (c, tmp_path/'empty', 'neither checkpoints nor'),
+             (c, tmp_path/'a', 'is at step 4, and this run would end at 4; give more'), (override(c, ['flow.dim=48']), f'{tmp_path}/a@2', 'does not fit.*flow.blocks.0'),
+             (override(c, ['flow.blocks=3']), f'{tmp_path}/a@2', 'does not fit.*is missing there'), (override(c, ['flow.dim=48']), tmp_path/'a'/'model', r'does not fit: blocks.0.* tensors in all')]
+    for config, start, says in cases:
+        with pytest.raises(ValueError, match=says) as e: quick(config, tmp_path/'b', start=start)
+        assert Run(tmp_path/'b', write=False).steps() == []
+    with pytest.raises(ValueError, match='is the folder of this run'): quick(c, tmp_path/'a', start=tmp_path/'a')
+    tried(times=len(cases) + 1, said=e.value)
+
+
+def test_a_run_begins_from_another_whose_objective_has_other_parts(tmp_path):
+    "Another run without alignment: projector and its moments stay behind, and the log says so; and back, where they begin anew."
+    c = tiny()
+    quick(c, tmp_path/'a')
+    plain = changed(c, {'align': None})
+    quick(plain, tmp_path/'b', start=f'{tmp_path}/a@4')
+    quick(c, tmp_path/'c', start=f'{tmp_path}/b@6')
+    (there,), (back,) = events(tmp_path/'b', 'from'), events(tmp_path/'c', 'from')
+    assert 'objective.projector' in there['left out'] and 'anew' not in there and 'objective.projector' in back['anew'] and 'left out' not in back
+    assert scale.start_of(f'{tmp_path}/a@4') == scale.Start(tmp_path/'a', 4, True) and scale.config_at(scale.start_of(f'{tmp_path}/a@4')) == c
+
+
+def test_weights_alone_begin_at_step_0_and_other_classes_begin_anew(tmp_path):
+    c = tiny(steps=2)
+    quick(c, tmp_path/'a')
+    model = TarFlow.from_pretrained(tmp_path/'a'/'model').state_dict()
+    seen, real = [], scale.Training.take_weights
+    few_classes = InMemory(few().images, few().labels % 2, ('even', 'odd'), few().levels, 'two')
+    fine = override(c, ['data.classes=2', 'optim.lr=1e-5'])
+    class Looked(scale.Training):
+        def take_weights(self, m): real(self, m); seen.append({k: v.clone() for k, v in m.state_dict().items()})
+    was, scale.Training = scale.Training, Looked
+    try: done = quick(fine, tmp_path/'b', start=tmp_path/'a'/'model', data=few_classes)
+    finally: scale.Training = was
+    assert done.step == 2 and all(torch.equal(v, model[k]) for k, v in seen[0].items() if not k.endswith('embed.weight'))
+    said, = events(tmp_path/'b', 'from')
+    assert 'embed.weight' in said['anew'] and said['step'] == 0 and scale.config_at(scale.start_of(tmp_path/'b'/'model')).data.classes == 2
+    assert quick(fine, tmp_path/'b', start=tmp_path/'a'/'model', data=few_classes).state == 'done' and len(events(tmp_path/'b', 'from')) == 1
+
+
+@pytest.mark.slow
+@FROM
+def test_two_processes_begin_from_the_run_of_one_and_end_with_its_numbers(tmp_path):
+    found = in_ranks(begin, 2, str(tmp_path))
+    assert found[0] == found[1] and max(found[0].values()) < 1e-5, found
+
+
 def test_stages_go_on_from_within_and_between(tmp_path):
     "SimFlow with a frozen VAE: two stages."
     name = next(n for n, c in CONFIGS.items() if c.joint and c.joint.before and 'encoder' in scale.build.__globals__['variant_of'](c).frozen)
@@ -195,6 +309,8 @@ def test_stages_go_on_from_within_and_between(tmp_path):
         (to := tmp_path/f'from-{k}').mkdir()
         shutil.copytree(tmp_path/'whole'/'checkpoints'/f'step-{k:08d}', to/'checkpoints'/f'step-{k:08d}')
         assert quick(c, to, save_every=100, data=load('digits')).step == last
+        new = quick(c, tmp_path/f'new-{k}', save_every=100, data=load('digits'), start=f'{tmp_path}/whole@{k}')
+        assert new.step == last and equal(tensors(tmp_path/f'new-{k}', last), tensors(tmp_path/'whole', last)), f'begun from step {k}'
         assert equal(tensors(to, last), tensors(tmp_path/'whole', last)), f'from step {k} of {last}'
 
 
@@ -453,6 +569,17 @@ def test_signals_to_the_launcher_save_and_leave(tmp_path, script, name):
     assert steps and not problems(tmp_path/'out'/'checkpoints'/f'step-{steps[-1]:08d}')
     log = [json.loads(l) for l in (tmp_path/'out'/'log.jsonl').read_text().splitlines()]
     assert log[-1]['event'] == 'stopped' and log[-1]['step'] == steps[-1]
+
+
+@CTRL_C
+@pytest.mark.slow
+def test_ctrl_c_twice_ends_at_once(tmp_path):
+    "Both in one call of the console, so that no step lies between them."
+    code = "import os, signal, sys; sys.path.insert(0, sys.argv[1]); import test_scale as t; " \
+           "twice = lambda line: 'step 3 of' in line and [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]; t.quick(t.tiny(), sys.argv[2], save_every=2, console=twice)"
+    done = subprocess.run([sys.executable, '-c', code, str(Path(__file__).parent), str(tmp_path/'out')], capture_output=True, text=True, timeout=120, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == -signal.SIGINT and 'once more' in done.stderr, done
+    assert Run(tmp_path/'out', write=False).steps() in ([], [2]) and quick(tiny(), tmp_path/'out').state == 'done'    # that save may still have been under way
 
 
 @pytest.mark.fault('processes', 'a run of one process gets SIGUSR1', 'it saves and leaves with status 75; requeue')

@@ -93,10 +93,49 @@ def test_a_plan_is_printed_and_its_status_says_whether_it_works(capsys, monkeypa
     assert e.value.code == UNPLANNED
 
 
+def test_without_world_the_plan_is_for_the_gpus_that_are_here(capsys, monkeypatch):
+    line = '--config digits-simflow-l --dry-run'.split()
+    assert main(line)['world'] == find_config('digits-simflow-l').system.gpus and 'as many as the configuration says; --world N' in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 3)
+    assert main(line)['world'] == 3 and 'as many' not in capsys.readouterr().out
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    assert main(line)['world'] == 2
+    assert main([*line, '--world', '4'])['world'] == 4
+    main('--config digits-simflow-l --describe'.split())
+    assert '2 GPUs' in capsys.readouterr().out
+
+
+class Card: name, total_memory = 'NVIDIA A100-SXM4-40GB', int(39.5 * 2**30)
+
+
+@pytest.mark.fault('configuration', 'a training is begun on a GPU that is too small for it, or with a batch that does not divide', "it ends before the first step with the plan's sentence and what helps, with the price; --anyway trains all the same")
+def test_a_gpu_that_is_too_small_is_named_before_the_first_step(tmp_path, monkeypatch, tried):
+    from flowbook import scale
+    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: Card)
+    monkeypatch.setattr(scale, 'pick', lambda device: torch.device('cuda:0') if device == 'auto' else torch.device(device))
+    monkeypatch.setattr(script, 'data_problems', lambda c: [])
+    began = []
+    monkeypatch.setattr(scale, 'train', lambda c, out, **k: began.append(k) or scale.Outcome('done', 1, Path(out)))
+    line = ['--config', 'tarflow-64', '--out', str(tmp_path/'run')]
+    with pytest.raises(ValueError, match=r'memory: about .* and NVIDIA A100-SXM4-40GB has 39.5; try: system.*GiB.*days.*--anyway') as e: main(line)
+    tried(times=3, said=e.value)
+    monkeypatch.setenv('WORLD_SIZE', '5')
+    with pytest.raises(ValueError, match='batch: 768 samples a step do not divide by 5 ranks; try: optim.batch_size=765 or 770'): main(line)
+    monkeypatch.delenv('WORLD_SIZE')
+    assert began == [] and not (tmp_path/'run').exists()
+    (tmp_path/'run').mkdir()
+    main([*line, '--anyway']); main([*line, '--device', 'cpu'])                  # on a CPU nothing is asked
+    assert len(began) == 2
+    Card.total_memory = 10 * 2**40
+    try: main(line)
+    finally: Card.total_memory = int(39.5 * 2**30)
+    assert len(began) == 3
+
+
 def test_the_help_holds_the_launch_commands_and_the_batch_file(capsys):
     with pytest.raises(SystemExit) as e: main(['--help'])
     text = capsys.readouterr().out
-    assert not e.value.code and all(w in text for w in ('torchrun --nproc-per-node 8', '--rdzv-endpoint', '--max-restarts 3', '#SBATCH --signal=USR1@120 --requeue', 'scontrol requeue', '--signals-to-handle', 'Always -m'))
+    assert not e.value.code and all(w in text for w in ('torchrun --nproc-per-node 8', '--rdzv-endpoint', '--max-restarts 3', '#SBATCH --signal=USR1@120 --requeue', 'scontrol requeue', '--signals-to-handle', 'Always -m', '--from RUN --out NEW', 'Ctrl-C twice', '--forever'))
     batch = text[text.index('#!/bin/bash'):text.index('Two minutes before')]
     assert subprocess.run(['bash', '-n'], input='\n'.join(line[4:] if line.startswith('    ') else line for line in ('    ' + batch).splitlines()), text=True, capture_output=True).returncode == 0
 
@@ -162,6 +201,28 @@ def test_two_processes_print_the_losses_of_one(tmp_path):
     assert len(one) == len(two) == 4 and max(abs(a - b) for a, b in zip(one, two)) < 2e-5
 
 
+def test_a_new_run_from_the_command_line(tmp_path, monkeypatch, capsys):
+    "No --config: as the other run; only what is named is otherwise."
+    monkeypatch.chdir(tmp_path)
+    more = ['--every', '2', '--device', 'cpu']
+    main(['--config', 'digits-tarflow-64', *SMALL, 'optim.steps=6', '--out', 'run', '--save-every', '2', '--forever', '2', *more])
+    assert sorted(p.name for p in Path('run/checkpoints').glob('step-*')) == ['step-00000002', 'step-00000004', 'step-00000006']    # none was taken away
+    assert 'in 1 process on cpu; folder run' in (said := capsys.readouterr().out) and said.index('numbers are trained') < said.index('step 2 of 6')
+    found = main(['--from', 'run@4', '--out', 'new', 'optim.lr=1e-5', *more])
+    assert found.step == 6 and len(losses('new')) == 1 and 'begins from' in (said := capsys.readouterr().out) and 'optim.lr' in said
+    fine = main(['--from', 'run/model', '--out', 'fine', 'optim.steps=2', *more])
+    assert fine.step == 2 and 'weights alone' in capsys.readouterr().out
+    assert asked('--from run@4 noise.sigma=0.3').noise.sigma == .3 and asked('--from run@4').optim.steps == 6
+    main(['--from', 'run@4', '--out', 'new', 'optim.lr=1e-5', *more])
+    assert 'goes on from step 6' in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_mistake_is_said_once_by_however_many(tmp_path):
+    r = command('--config', 'digits-tarflow-64', 'optim.batch_size=64', '--out', 'run', torchrun=3, cwd=tmp_path)
+    assert r.returncode and r.stderr.count('flowbook_train: ') == 1 and '64 is not to be divided among 3 processes' in r.stderr, r.stderr
+
+
 def stopped_in_the_middle(tmp_path, sign, torchrun=0):
     "Start a long run, tell it to stop once it has logged, and wait."
     launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(torchrun), '--signals-to-handle', 'SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1'] if torchrun else []
@@ -188,6 +249,16 @@ def test_a_run_that_is_told_to_stop_saves_and_says_so(tmp_path, sign):
     assert status == STOPPED and (tmp_path/'run'/'status').read_text() == 'stopped\n' and 'stopped after' in out, out
     step = int((tmp_path/'run'/'checkpoints'/'latest').read_text().strip().split('-')[-1])
     assert step > 0 and (tmp_path/'run'/'model'/'config.json').exists()
+
+
+@pytest.mark.fault('processes', 'Ctrl-C, or the terminal of a training closes (SIGINT, SIGHUP)', 'it saves at that step and leaves with status 75; Ctrl-C twice ends at once, and what was saved is intact; the same command goes on')
+@pytest.mark.slow
+@pytest.mark.parametrize('sign', [signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize('torchrun', [0, 2])
+def test_ctrl_c_and_a_closed_terminal_leave_with_a_status(tmp_path, sign, torchrun):
+    status, out = stopped_in_the_middle(tmp_path, sign, torchrun)
+    assert (status == STOPPED or torchrun and status) and (tmp_path/'run'/'status').read_text() == 'stopped\n', out
+    assert int((tmp_path/'run'/'checkpoints'/'latest').read_text().strip().split('-')[-1]) > 0
 
 
 @STOP
@@ -223,4 +294,4 @@ def test_a_folder_of_images_one_command_each_on_two_processes(tmp_path):
 @pytest.mark.slow
 def test_run_by_its_path_it_does_not_work_as_the_help_says(tmp_path):
     r = subprocess.run([sys.executable, script.__file__, '--list'], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, 'PYTHONPATH': ''})
-    assert r.returncode and 'relative import' in r.stderr
+    assert r.returncode == 1 and r.stderr == 'flowbook_train: run it as a module: python -m flowbook.scripts.train\n', r.stderr
