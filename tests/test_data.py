@@ -279,6 +279,27 @@ def test_folder_faults(folder, tmp_path):
     split = 'test' if folder/'dog'/'05.png' in find_images(folder, 'test')[0] else 'train'
     check('05.png', split=split)
 
+def test_the_tenth_that_is_held_out_is_said(folder, monkeypatch):
+    train, test = load('folder', root=folder, image_size=8), load('folder', 'test', root=folder, image_size=8)
+    assert train.note == '29 of 32 images; 3 held out, there is no val folder' and train.note in repr(train)
+    assert test.note == '3 of 32 images, held out: there is no val folder' and test.note in repr(test)
+    everything = load('folder', root=folder, image_size=8, held_out=0)
+    assert len(everything) == 32 and not everything.note and len(find_images(folder, held_out=0)[0]) == 32
+    assert len(load('folder', 'test', root=folder, image_size=8, held_out=.5)) == 16
+    monkeypatch.setattr(D, 'IN_MEMORY', 0)
+    assert train.note in repr(load('folder', root=folder, image_size=8))                         # read as batches ask
+    with pytest.raises(ValueError, match='held_out: 0 came.*no test images'): load('folder', 'test', root=folder, image_size=8, held_out=0)
+    for bad in (1, -.1, 'none', True):
+        with pytest.raises(ValueError, match='held_out'): load('folder', root=folder, image_size=8, held_out=bad)
+
+def test_what_would_be_dropped_without_a_word(folder):
+    with pytest.raises(ValueError, match=r"root: .* came, but digits lies in a package.*load\('folder', root="): load('digits', root=folder)
+    with pytest.raises(ValueError, match='held_out: 0 came, but digits has a test set'): load('digits', held_out=0)
+    for split in ('train', 'val'):
+        for kind in ('a', 'b'): (folder.parent/'given'/split/kind).mkdir(parents=True); noise().save(folder.parent/'given'/split/kind/'0.png')
+    given = load('folder', root=folder.parent/'given')
+    assert len(given) == 2 and not given.note and len(load('folder', 'test', root=folder.parent/'given', held_out=0)) == 2
+
 # ---------------------------------------------------------------- malice
 @pytest.mark.parametrize('file', ['raw/t10k-images-idx3-ubyte', 'raw/t10k-labels-idx1-ubyte', 'processed/test.pt'])
 @pytest.mark.fault('malice', 'a pickle that runs code, in place of a file of MNIST or CIFAR-10', 'it is not opened as a pickle, the file is named; delete it, and it is fetched again')
