@@ -8,6 +8,10 @@ __all__ = ['MODELS', 'TRAINING', 'ALIGNING', 'SOLVERS', 'RREPA_SPEED', 'once', '
            'bench_denoising', 'parser', 'whole', 'pick_models', 'fresh', 'line', 'aligned_line', 'report', 'main',
            'judge_costs', 'costs', 'cli']
 
+# %% ../../nbs/16_bench.ipynb #786fb2e8
+#| eval: false
+if __name__ == '__main__' and '__file__' in globals() and not __package__: raise SystemExit('run it as a module: python -m flowbook.scripts.bench')
+
 # %% ../../nbs/16_bench.ipynb #a8d6a55f
 import argparse, copy, math, os, statistics, sys, time
 from functools import partial
@@ -81,8 +85,9 @@ def operations(flow:TarFlow, b:int, passes:int=1) -> float:
     ends = len(flow.blocks) * 2 * 3 * flow.z_shape[1] * dim                            # proj_in, proj_out
     return passes * b * (n - 1) * (layers * (24 * dim**2 + 4 * dim * n / 2) + ends)
 
-# %% ../../nbs/16_bench.ipynb #2166d464
+# %% ../../nbs/16_bench.ipynb #251c0996
 def check_bench(flow, b, rounds) -> None:
+    "ValueError, by name, for what cannot be measured."
     check_module('flow', flow, TarFlow); check_whole('b', b); check_whole('rounds', rounds)
 
 def bench_sampling(flow:TarFlow, b:int, guidance:Guidance=None, rounds:int=5, dtype=None, tol:float=1e-5, naive:bool=True, seed:int=0) -> dict:
@@ -324,8 +329,10 @@ def costs(seed, budget):
     return {'sampling': sampling, 'denoising': bench_denoising(flow, c['batch'], c['rounds'], flow.card['sigma']),
             'alignment': {k: {'cpu_cost': r['cost']['median'] if clock == 'wall' else r['cpu_cost'], 'counted': r['counted'], 'megabytes': r['memory'] / 1e6} for k, r in aligned.items()}}
 
-# %% ../../nbs/16_bench.ipynb #3c8dbfdb
-def cli() -> None: as_script(main, 'flowbook_bench')
+# %% ../../nbs/16_bench.ipynb #3292f6ab
+def cli() -> None:
+    "The console script."
+    as_script(main, 'flowbook_bench', parser)
 
 # %% ../../nbs/16_bench.ipynb #d55fa613
 #| eval: false

@@ -5,6 +5,10 @@
 # %% auto #0
 __all__ = ['state', 'listing', 'seeds_arg', 'report', 'parser', 'recorded', 'run_again', 'main']
 
+# %% ../../nbs/16_experiment.ipynb #2843f755
+#| eval: false
+if __name__ == '__main__' and '__file__' in globals() and not __package__: raise SystemExit('run it as a module: python -m flowbook.scripts.experiment')
+
 # %% ../../nbs/16_experiment.ipynb #df995e7a
 import argparse, random, sys
 from ..evidence import (BUDGETS, again, difference, find, flat, load_result, registry, result_path, run_each,

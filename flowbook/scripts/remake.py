@@ -5,6 +5,10 @@
 # %% auto #0
 __all__ = ['RECIPES', 'know_passes', 'brief', 'main', 'cli']
 
+# %% ../../nbs/16_remake.ipynb #2b2425ee
+#| eval: false
+if __name__ == '__main__' and '__file__' in globals() and not __package__: raise SystemExit('run it as a module: python -m flowbook.scripts.remake')
+
 # %% ../../nbs/16_remake.ipynb #e4aa37b0
 import argparse, json, sys, time
 from difflib import get_close_matches
