@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['state', 'listing', 'seeds_arg', 'report', 'parser', 'recorded', 'run_again', 'main']
 
-# %% ../../nbs/16_experiment.ipynb #2843f755
+# %% ../../nbs/16_experiment.ipynb #f93bd352
 #| eval: false
-if __name__ == '__main__' and '__file__' in globals() and not __package__: raise SystemExit('run it as a module: python -m flowbook.scripts.experiment')
+if __name__ == '__main__' and '__file__' in globals() and not __package__:
+    raise SystemExit('run it as a module: python -m flowbook.scripts.experiment')
 
 # %% ../../nbs/16_experiment.ipynb #df995e7a
 import argparse, random, sys
@@ -52,7 +53,7 @@ def report(record:dict, most:int=20) -> str:
     if len(keys) > most: lines.append(f'  and {len(keys) - most} more numbers in the file')
     return '\n'.join(lines + [f'{c}: {v.state}. {v.reason}' for c, v in verdicts(record).items()])
 
-# %% ../../nbs/16_experiment.ipynb #942b8c08
+# %% ../../nbs/16_experiment.ipynb #34383042
 def parser() -> argparse.ArgumentParser:
     "The command line of `flowbook_experiment`."
     p = argparse.ArgumentParser(
@@ -68,7 +69,8 @@ def parser() -> argparse.ArgumentParser:
     add('--seeds', type=seeds_arg, metavar='N',
         help='how many (3), or which (4,7); by default what the experiment says')
     add('--out', metavar='DIR', help='folder of the result files (default: nbs/results of the checkout)')
-    add('--again', type=int, nargs='?', const=0, metavar='N', help='run recorded seeds again, one of each result, and compare: of the experiment named, or of N results drawn at random')
+    add('--again', type=int, nargs='?', const=0, metavar='N',
+        help='run recorded seeds again, one of each result, and compare: of the experiment named, or of N results drawn at random')
     add('--force', action='store_true',
         help='run all these seeds anew, and replace a file of another configuration')
     add('--threads', type=int, default=1, metavar='N',
