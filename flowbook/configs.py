@@ -744,7 +744,7 @@ def twin(c:Config, data:str='digits') -> Config: # 'digits' or 'mnist5k'
                    'joint.start': c.joint.start * steps // c.steps, 'joint.before': c.joint.before // 2000}
     return changed(c, values, name=f'{data}-{c.name}', title=f'{c.title} (twin on {data})', published=(), unsaid=())
 
-# %% ../nbs/14_configs.ipynb #7fd8f4f2
+# %% ../nbs/14_configs.ipynb #720a4602
 def short(n:float, unit:str='') -> str: # 817,636,096 -> '818M', 4.43e15 -> '4.43e15'
     "A large number in three digits; from a million millions on as a power of ten."
     if n >= .9995e12: return f'{n:.3g}{unit}'.replace('e+', 'e')
@@ -778,11 +778,12 @@ def listing(configs=None) -> str:        # of configurations; None: all of the p
                      f'{hours(c, "H100").gpu:,.2g}' if hours(c, 'H100').gpu < 10 else f'{hours(c, "H100").gpu:,.0f}', main_result(c)))
     return columns(rows, right=(4, 5, 6, 7)) + '\n' + LEGEND
 
-LEGEND = ("data: side of the images in pixels, (the frozen VAE whose latents the flow sees); imagenet64 is van den Oord's downsampled "
-          "ImageNet, without labels. "
-          "size: patch-width-blocks-layers of the flow. parameters: of the flow. FLOPs/step: of the whole batch. "
-          "H100 hours: of all GPUs together, an estimate (chapter 14). published: gFID is of generated images, rFID of reconstructed "
-          "ones; FID-4096 is of 4,096 samples, FID else of 50,000.")
+LEGEND = """
+data        side of the images in pixels (the frozen VAE whose latents the flow sees); imagenet64 is van den Oord's, without labels
+size        patch-width-blocks-layers of the flow; parameters are the flow's
+FLOPs/step  of the whole batch
+H100 hours  of all GPUs together: an estimate, chapter 14
+published   gFID of generated images, rFID of reconstructed ones; FID-4096 of 4,096 samples, FID else of 50,000"""
 
 def columns(rows:list, right=()) -> str: # of texts; the columns that are numbers
     "Rows of equal length as aligned lines."
