@@ -10,7 +10,7 @@ __all__ = ['Stage', 'Recipe', 'constant', 'Rate', 'schedule_of', 'fit_of', 'chec
            'open_data', 'check_images_of', 'check_data', 'shape_mends', 'adapt', 'guidance_of', 'draw_samples',
            'card_of', 'reach_of', 'save_model', 'train_config']
 
-# %% ../nbs/14_recipe.ipynb #b522fe3d
+# %% ../nbs/14_recipe.ipynb #10ba28c5
 import json, math, tempfile, time
 from dataclasses import replace
 from pathlib import Path
@@ -24,9 +24,11 @@ from .flows import find_pretrained
 from .guidance import ClassGuidance, Guidance, StarGuidance, TemperatureGuidance
 from .latent import CachedLatents, LatentFlow, Pick, Vae, cache_latents, load_vae, read_plan
 from .metrics import digit_classifier
-from .repa import DIGITS_ENCODERS, ENCODERS, STRATEGIES, Alignment, DigitsViT, Encoder, KeepClean, Projector, Reverse, encoder, patch_side, timm_name
+from .repa import (DIGITS_ENCODERS, ENCODERS, STRATEGIES, Alignment, DigitsViT, Encoder, KeepClean, Projector, Reverse,
+                           encoder, patch_side, timm_name)
 from .sampling import samples
-from .simflow import Adversarial, AlignedNLL, DrawNoise, FlowNLL, Joint, PatchCritic, Perceptual, SimFlow, TwoStages, freeze, terms_of
+from .simflow import (Adversarial, AlignedNLL, DrawNoise, FlowNLL, Joint, PatchCritic, Perceptual, SimFlow, TwoStages, freeze,
+                              terms_of)
 from .train import NLL, Dequantize, DropLabels, GaussianNoise, cosine, ema, fit
 
 # %% ../nbs/14_recipe.ipynb #2cd7bb9d
@@ -90,9 +92,9 @@ def shortened(c:Config, steps:int) -> Config:
         values |= {'joint.start': int(c.joint.start * share), 'joint.before': min(c.joint.before, max(1, round(c.joint.before * share)))}
     return changed(c, values)
 
-# %% ../nbs/14_recipe.ipynb #887be5f7
+# %% ../nbs/14_recipe.ipynb #15a58d84
 class Paired(ImageSet):
-    "Cached latents and the images they are of, one row of numbers a sample: alignment in latent space needs both. `Apart` takes a row apart."
+    "Cached latents and the images they are of, one row of numbers a sample, for alignment in latent space; `Apart` takes a row apart."
     def __init__(self, latents:CachedLatents, images:ImageSet): # of the same samples, in the same order
         if len(latents) != len(images) or not torch.equal(latents.labels, images.labels):
             raise ValueError(f'latents: {len(latents)} of {latents.name}, and {len(images)} images of {images.name}, whose number or '
@@ -197,9 +199,9 @@ def vae_shape(name:str) -> Vae:
     from diffusers import AutoencoderKL
     with torch.device('meta'): return Vae(AutoencoderKL(**FROZEN_VAES[name]), name)
 
-# %% ../nbs/14_recipe.ipynb #727bf4f9
+# %% ../nbs/14_recipe.ipynb #e79afe1f
 class DigitDistance(nn.Module):
-    "LPIPS's form with the book's judge in VGG's place: squared differences of unit feature vectors, averaged. For images too small for LPIPS."
+    "LPIPS's form with the book's judge in VGG's place: squared differences of unit features, averaged. For images too small for LPIPS."
     def __init__(self, dry:bool=False):
         super().__init__()
         self.body = None if dry else digit_classifier().requires_grad_(False).body
@@ -278,12 +280,12 @@ def flow_stages(c:Config, model, frozen:Frozen) -> list: # of Stage
     objective = Alignment(model, strategy_of(c), frozen.encoder, c.align.lam, c.align.hidden) if c.align else NLL()
     return [Stage('flow', c.steps, objective, transforms_of(c), fit_of(c, c.steps))]
 
-# %% ../nbs/14_recipe.ipynb #148dbd60
+# %% ../nbs/14_recipe.ipynb #1ce9cd9f
 def build(c:Config,                      # of `find_config`, perhaps overridden
           device='cpu',
           dtype=torch.float32,           # of what is trained; float64 for exactness
           dry:bool=False) -> Recipe:     # on the meta device: shapes without numbers, and nothing is downloaded
-    "Everything that a configuration says, as objects; equal seeds give equal weights on every device. A stage `s` is trained by fit(model, batches(data, ..., transforms=s.transforms), s.objective, **s.fit)."
+    "What a configuration says, as objects. Train stage s by fit(model, batches(data, ..., transforms=s.transforms), s.objective, **s.fit)."
     check_config(c); check_device('device', device); check_choice('dry', dry, (True, False))
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f'dtype: {dtype!r} came, must be a type of floats, for instance torch.float32')
