@@ -92,7 +92,7 @@ def shortened(c:Config, steps:int) -> Config:
         values |= {'joint.start': int(c.joint.start * share), 'joint.before': min(c.joint.before, max(1, round(c.joint.before * share)))}
     return changed(c, values)
 
-# %% ../nbs/14_recipe.ipynb #15a58d84
+# %% ../nbs/14_recipe.ipynb #6a9e28e7
 class Paired(ImageSet):
     "Cached latents and the images they are of, one row of numbers a sample, for alignment in latent space; `Apart` takes a row apart."
     def __init__(self, latents:CachedLatents, images:ImageSet): # of the same samples, in the same order
@@ -104,6 +104,7 @@ class Paired(ImageSet):
         self.latents, self.images, self.plan, self.vae = latents, images, latents.plan, latents.vae
 
     def batch(self, index) -> tuple:     # x (b, flips 2 d u v + c h w), y (b,)
+        "Rows of latents and images, and labels."
         (x, y), (image, _) = self.latents.batch(index), self.images.batch(index)
         return torch.cat([x.flatten(1), image.flatten(1)], 1), y
 
@@ -199,19 +200,21 @@ def vae_shape(name:str) -> Vae:
     from diffusers import AutoencoderKL
     with torch.device('meta'): return Vae(AutoencoderKL(**FROZEN_VAES[name]), name)
 
-# %% ../nbs/14_recipe.ipynb #e79afe1f
+# %% ../nbs/14_recipe.ipynb #29117711
 class DigitDistance(nn.Module):
     "LPIPS's form with the book's judge in VGG's place: squared differences of unit features, averaged. For images too small for LPIPS."
     def __init__(self, dry:bool=False):
         super().__init__()
         self.body = None if dry else digit_classifier().requires_grad_(False).body
 
-    def features(self, x):               # (b, c, h, w) -> two maps, channels of length 1
+    def features(self, x):               # (b, c, h, w)
+        "Two maps of the judge's features, each place of length 1."
         if tuple(x.shape[2:]) != (8, 8): x = F.adaptive_avg_pool2d(x, 8)
         at = self.body[:4](x.mean(1, keepdim=True))                               # (b, 32, 8, 8)
         return [F.normalize(h, dim=1) for h in (at, self.body[4:9](at))]
 
     def forward(self, a, b):             # (b, c, h, w) twice -> (b,)
+        "The distance of each pair."
         return sum((p - q).square().sum(1).mean((1, 2)) for p, q in zip(self.features(a), self.features(b)))
 
 def perceptual_of(c:Config, device='cpu', dry:bool=False, dtype=torch.float32) -> Perceptual:

@@ -59,7 +59,7 @@ class Way:
         check_weight(self.w, self.schedule)
         return KINDS[self.guidance](self.w, self.tau, self.schedule)
 
-# %% ../../nbs/16_sample.ipynb #28eab69f
+# %% ../../nbs/16_sample.ipynb #436f1a5b
 class Drawn(NamedTuple):
     "A batch of samples, at three stages."
     z: Tensor                            # (b, n, d) what was drawn
@@ -74,8 +74,12 @@ class Opened:
         self.image_shape, self.classes = tuple(model.image_shape), self.flow.classes
 
     @property
-    def card(self) -> dict: return self.flow.card
-    def decode(self, x:Tensor) -> Tensor: return x
+    def card(self) -> dict:
+        "What is known about the model: noise, names of classes, how to sample."
+        return self.flow.card
+    def decode(self, x:Tensor) -> Tensor:
+        "From what the flow makes to images."
+        return x
     def seen(self, noise, levels:int) -> list: # transforms of batches of images
         "From clean images to what the flow saw in training, under the noise 'uniform' or a sigma."
         return [Dequantize(levels) if noise == 'uniform' else GaussianNoise(noise)]
@@ -95,28 +99,45 @@ class Opened:
         if way.denoise: x = denoise(self.flow, x, sigma, y)
         return Drawn(z, x, self.decode(x))
 
-# %% ../../nbs/16_sample.ipynb #57b85f98
+# %% ../../nbs/16_sample.ipynb #04a38b63
 class OpenedLatent(Opened):
     "A flow over the latents of a frozen VAE. Chapter 12."
     counts = 'latents'
-    def decode(self, x): return self.model.decode(x.nan_to_num(0.))
-    def seen(self, noise, levels): return [Encode(self.model.vae), GaussianNoise(noise)]
+    def decode(self, x):
+        "Latents to images."
+        return self.model.decode(x.nan_to_num(0.))
+    def seen(self, noise, levels):
+        "From clean images to noisy latents."
+        return [Encode(self.model.vae), GaussianNoise(noise)]
     @torch.no_grad()
-    def reconstruct(self, x): return self.decode(self.model.encode(x, sample=False)) # (b, c, h, w), from the posterior's mean
+    def reconstruct(self, x):            # (b, c, h, w)
+        "Images through the autoencoder, from the posterior's mean."
+        return self.decode(self.model.encode(x, sample=False))
 
 class OpenedJoint(Opened):
     "A SimFlow: its decoder was trained on noisy latents, so that nothing is to be denoised. Chapter 13."
     counts = 'latents'
     @property
-    def card(self): return self.model.card
+    def card(self):
+        "What is known about the model."
+        return self.model.card
     @property
-    def own_noise(self): return repr(self.model.posterior)
+    def own_noise(self):
+        "The posterior, whose noise is part of the model."
+        return repr(self.model.posterior)
     @torch.no_grad()
-    def decode(self, x): return self.model.decode(x.nan_to_num(0.))
-    def seen(self, noise, levels): return [DrawNoise(self.model.posterior.draws(self.model.N)), self.perturbed]
-    def reconstruct(self, x): return self.model.reconstruct(x)
+    def decode(self, x):
+        "Latents to images."
+        return self.model.decode(x.nan_to_num(0.))
+    def seen(self, noise, levels):
+        "From clean images to the latents that the posterior draws."
+        return [DrawNoise(self.model.posterior.draws(self.model.N)), self.perturbed]
+    def reconstruct(self, x):            # (b, c, h, w)
+        "Images through encoder and decoder, from the mean."
+        return self.model.reconstruct(x)
     @torch.no_grad()
-    def perturbed(self, batch): # images and the numbers for their noise -> noisy latents
+    def perturbed(self, batch):
+        "Images and the numbers for their noise to noisy latents: a transform."
         like = next(self.model.parameters())
         return batch._replace(x=self.model.latent(batch.x.to(like), batch.target.to(like)).x.cpu(), target=None)
 
@@ -254,7 +275,7 @@ def class_folder(model:Opened, label) -> str:
     names = list(map(clean, model.card.get('class_names') or range(model.classes)))
     return (names[label] if names.count(names[label]) == 1 else f'{label} {names[label]}') or str(label)
 
-# %% ../../nbs/16_sample.ipynb #9a9810cc
+# %% ../../nbs/16_sample.ipynb #b3e4dc6d
 def write_png(x:Tensor, path:Path) -> None: # (c, h, w); what is no number becomes grey
     "One image, pixel for pixel."
     from PIL import Image
@@ -283,11 +304,15 @@ class Place:
     folder: Path
     tensors: tuple = ()                  # of 'images', 'latents', 'z': kept as safetensors, too
 
-    def file(self, i:int, name:str, kind:str='png') -> Path: return self.folder/name/f'{i:06d}.{kind}'
+    def file(self, i:int, name:str, kind:str='png') -> Path:
+        "Where sample i of a class lies."
+        return self.folder/name/f'{i:06d}.{kind}'
     def done(self, i:int, name:str) -> bool:
+        "Is sample i there, whole?"
         return self.file(i, name).exists() and (not self.tensors or self.file(i, name, 'safetensors').exists())
 
     def put(self, i:int, name:str, drawn:Drawn, k:int) -> None: # k: its place in the batch
+        "Write sample i."
         self.file(i, name).parent.mkdir(parents=True, exist_ok=True)
         if self.tensors: write_tensors({t: getattr(drawn, t)[k] for t in self.tensors}, self.file(i, name, 'safetensors'))
         write_png(drawn.images[k], self.file(i, name))                           # last: `load('folder')` sees whole samples only
