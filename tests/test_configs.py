@@ -126,7 +126,7 @@ def test_vision_encoders_against_timm(name):
 @pytest.mark.parametrize('kind, side', [('f16', 256), ('sd-vae-ft-ema', 256), ('digits-vae', 8)])
 def test_autoencoders_against_diffusers(kind, side):
     from diffusers import AutoencoderKL
-    v = C.VAES[kind] if kind in C.VAES else C.FROZEN_VAES[kind]
+    v = C.JOINT_VAES[kind] if kind in C.JOINT_VAES else C.FROZEN_VAES[kind]
     with torch.device('meta'):
         model = AutoencoderKL(**v)
         with FlopCounterMode(display=False) as down: z = model.encode(torch.empty(2, v['in_channels'], side, side)).latent_dist.mean
@@ -355,7 +355,7 @@ NO = pytest.mark.fault('configuration', 'a setting on the command line is misspe
 @pytest.mark.parametrize('text, says', [('optim.lrr=1', 'did you mean optim.lr'), ('lr=1', 'did you mean optim.lr'), ('optimm.lr=1', 'did you mean optim.lr'), ('batchsize=4', 'did you mean optim.batch_size'), ('joint.p=1', 'rrepa-64 has no joint'),
                                         ('optim.lr=fast', 'optim.lr'), ('optim.lr=nan', 'optim.lr'), ('optim.lr=-1', '0 or more'), ('optim.steps=10.5', 'optim.steps'), ('optim.batch_size=0', '1 or more'), ('system.compile=1', 'true or false'),
                                         ('flow.layers=2,2', '8 blocks'), ('align.blocks=9', '1 to 8'), ('align.blocks=a,b', 'align.blocks'), ('align.layer=9', 'layers 1 to 8'), ('flow.kind=diffusion', 'choose of'), ('flow.dim=1000', 'head_dim'),
-                                        ('flow.patch_size=5', 'does not divide'), ('data.image_size=32', 'flow.image_size'), ('optim.lr', 'key=value'), ('data.vae=sd-vae-ft-ema', "belongs to flow.kind 'latent'"), ('system.accumulate=3', 'does not divide'),
+                                        ('flow.patch_size=5', 'does not divide'), ('data.image_size=33', 'flow.patch_size'), ('optim.lr', 'key=value'), ('data.vae=sd-vae-ft-ema', "belongs to flow.kind 'latent'"), ('system.accumulate=3', 'does not divide'),
                                         ('optim.ema=1', 'optim.ema'), ('optim.betas=.9', 'optim.betas'), ('name=x', 'no such key'), ('seed=x', 'seed'), ('seed=-1', '0 or more'), ('align.strategy=sequential', 'choose of'), ('align.blocks=8,8', 'each once'),
                                         ('optim.lr=0', 'above 0'), ('sample.tau=0', 'above 0'), ('data.classes=0', 'sample.guidance'), ('optim.clip=0', 'optim.clip'), ('noise.kind=uniform', 'noise.sigma'), ('optim.batch_size=' + '9' * 30, 'at most')])
 def test_override_says_no(text, says, tried):
@@ -380,6 +380,26 @@ def test_steps_and_epochs_replace_each_other():
     with pytest.raises(ValueError, match='one of the two'): override(c, ['optim.steps=3', 'optim.epochs=4'])
     with pytest.raises(ValueError, match='one of the two'): override(c, ['optim.epochs=none'])
     with pytest.raises(ValueError, match='optim.epochs: 0'): override(c, ['optim.epochs=0'])
+
+
+def test_what_the_flow_sees_follows_the_images():
+    assert override(CONFIGS['rrepa-64'], ['data.image_size=32']).flow.image_size == 32
+    assert override(CONFIGS['rrepa-256'], ['data.image_size=512']).flow.image_size == 64                          # latents of an f8 VAE
+    assert override(CONFIGS['rrepa-64'], ['data.image_size=32', 'flow.image_size=32']).flow.image_size == 32
+    with pytest.raises(ValueError, match='flow.image_size: 16 came'): override(CONFIGS['rrepa-64'], ['data.image_size=32', 'flow.image_size=16'])
+
+
+def test_the_share_that_is_held_out():
+    assert CONFIGS['tarflow-64'].data.held_out == .1 and override(CONFIGS['tarflow-64'], ['data.held_out=0']).data.held_out == 0
+    for bad in ('1', '-0.1', 'some'):
+        with pytest.raises(ValueError, match='data.held_out'): override(CONFIGS['tarflow-64'], [f'data.held_out={bad}'])
+
+
+def test_the_share_of_the_peak_is_said_in_one_place():
+    c = CONFIGS['tarflow-64']
+    assert hours(c).share == C.SHARE['bf16'] == .27 and hours(c, share=C.LOW).days > hours(c).days
+    page = C.describe(c, 'H100', 8)
+    assert f'{hours(c, "H100", 8).days:.3g} days on 8, if 27% of the bf16 peak are reached; {hours(c, "H100", 8, C.LOW).days:.3g} days at 20% (an estimate, of no GPU of ours)' in page
 
 
 def test_several_fields_need_to_fit_at_the_end_only():
@@ -468,20 +488,21 @@ def test_a_step_of_every_twin_is_quick(data):
 
 def test_the_listing_has_every_configuration_on_a_line():
     lines = C.listing().split('\n')
-    assert len(lines) == 1 + len(CONFIGS) and [l.split()[0] for l in lines[1:]] == list(CONFIGS)
+    assert [l.split()[0] for l in lines[1:1 + len(CONFIGS)]] == list(CONFIGS) and lines[1 + len(CONFIGS)] == ''
+    assert 'H100 hours' in lines[0] and C.listing().endswith(C.LEGEND) and all(word in C.LEGEND for word in ('size ', 'H100 hours ', 'gFID', 'FID-4096'))
     line = next(l for l in lines if l.startswith('simflow-xxl-160-repa-e '))
     assert '1-1152-6-2..46' in line and '1.36B' in line and 'gFID guided 1.91 (Table 1)' in line
-    assert len(C.listing([CONFIGS['rrepa-64']]).split('\n')) == 2
+    assert C.listing([CONFIGS['rrepa-64']]).split('\n')[2:] == ['', *C.LEGEND.strip().split('\n')]
 
 
 def test_a_page_says_what_is_not_printed_and_what_was_changed():
     page = C.describe(CONFIGS['simflow-xxl-repa-e'])
     assert 'hidden 2,048*' in page and 'align.hidden: three layers are said' in page and 'E1: Table 8 prints 36' in page and 'layers 2,2,2,2,2,46,' in page
     page = C.describe(override(CONFIGS['rrepa-64'], ['optim.lr=2e-4']), 'H100', 64)
-    assert 'changed: optim.lr=2e-4' in page and 'on each of 64 GPUs' in page and 'GPU-hours on H100' in page
+    assert 'changed: optim.lr=2e-4' in page and 'warmup 1* epochs' in page and 'clip none* (largest gradient norm)' in page and 'drop 0.1* of the labels' in page and 'held_out 0.1' in page and 'on each of 64 GPUs' in page and 'GPU-hours on H100' in page
     assert 'too much for A100-40' in C.describe(CONFIGS['tarflow-64'], 'A100-40')
     for name in ALL: C.describe(find_config(name))
 
 
-@pytest.mark.parametrize('n, text', [(999, '999'), (1000, '1k'), (999_999, '1M'), (4.4297e15, '4.43P'), (817_636_096, '818M'), (1_364_650_752, '1.36B'), (.5, '0.5'), (0, '0')])
+@pytest.mark.parametrize('n, text', [(999, '999'), (1000, '1k'), (999_999, '1M'), (4.4297e15, '4.43e15'), (5.66e14, '5.66e14'), (817_636_096, '818M'), (1_364_650_752, '1.36B'), (.5, '0.5'), (0, '0')])
 def test_short(n, text): assert C.short(n) == text

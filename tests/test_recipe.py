@@ -13,7 +13,7 @@ from flowbook.data import Batch, Flip, batches, load, save_images
 from flowbook.guidance import ClassGuidance, Guidance, StarGuidance, TemperatureGuidance
 from flowbook.latent import CachedLatents, Encode, LatentFlow, LatentTarFlow, Pick, cache_latents, load_vae
 from flowbook.recipe import (Apart, Cast, DigitDistance, Frozen, Paired, Prepare, Rate, adapt, await_shards, build, card_of, check_data, draw_samples,
-                             fit_of, frozen_of, guidance_of, is_whole, open_data, reach_of, save_model, schedule_of, shortened, steady, strategy_of, train_config,
+                             fit_of, frozen_of, guidance_of, held_note, is_whole, open_data, reach_of, save_model, schedule_of, shortened, constant, strategy_of, train_config,
                              transforms_of)
 from flowbook.repa import Alignment, Detach, Forward, KeepClean, Projector, Reverse, encoder
 from flowbook.simflow import (Additive, Adversarial, AlignedNLL, DrawNoise, FlowNLL, Joint, Learned, Mean, PatchCritic, Perceptual, Reconstruction, SimFlow,
@@ -100,7 +100,7 @@ def hand_pixels(c, data, steps):
     torch.manual_seed(c.seed)
     model = TarFlow(**sizes(c))
     goal = Alignment(model, Reverse([(t, c.align.layer) for t in c.align.blocks]), look, c.align.lam, c.align.hidden)
-    return by_hand(model, goal, [Flip(.5), KeepClean(), GaussianNoise(c.noise.sigma), DropLabels(.1)], DIGITS, c, steps, schedule=lambda s, n, w: steady(s, n, w, c.optim.floor))
+    return by_hand(model, goal, [Flip(.5), KeepClean(), GaussianNoise(c.noise.sigma), DropLabels(.1)], DIGITS, c, steps, schedule=lambda s, n, w: constant(s, n, w, c.optim.floor))
 
 
 def hand_latents(c, data, steps):
@@ -109,7 +109,7 @@ def hand_latents(c, data, steps):
     model = LatentTarFlow(**sizes(c))
     goal = Alignment(model, Reverse([(t, c.align.layer) for t in c.align.blocks]), look, c.align.lam, c.align.hidden)
     path = [Apart((2, 2, 4, 4, 4), (1, 8, 8)), Pick(.5), GaussianNoise(.2), DropLabels(.1)]
-    return by_hand(model, goal, path, data['both'], c, steps, schedule=lambda s, n, w: steady(s, n, w, c.optim.floor))
+    return by_hand(model, goal, path, data['both'], c, steps, schedule=lambda s, n, w: constant(s, n, w, c.optim.floor))
 
 
 def hand_simflow(c, data, steps):
@@ -265,6 +265,9 @@ def test_adapt_to_a_folder(folder):
     fit_to = adapt(c, own)
     assert check_data(fit_to, own) is own and (fit_to.data.classes, fit_to.data.samples, fit_to.data.channels, fit_to.data.levels) == (3, len(own), 3, 256)
     assert fit_to.optim == c.optim and fit_to.sample == c.sample and from_dict(to_dict(fit_to)) == fit_to
+    whole = override(c, ['data.held_out=0'])
+    assert held_note(c) == own.note and 'held out, there is no val folder' in own.note and held_note(whole) == '' == held_note(find_config('digits-tarflow-64'))
+    assert len(open_data(whole)) == adapt(whole, open_data(whole)).data.samples == int(own.note.split()[2].replace(',', ''))
     *_, (log, model) = train_config(shortened(fit_to, 2))
     assert model.classes == 3 and model.card['class_names'] == ['class-1', 'class-3', 'class-8'] and model.card['data'] == 'folder'
     bigger = adapt(override(c, ['data.image_size=16', 'flow.image_size=16']), open_data(override(c, ['data.image_size=16', 'flow.image_size=16'])))

@@ -278,7 +278,7 @@ def test_mistakes_end_with_a_sentence_before_anything_is_drawn(line, says, tmp_p
 def test_the_help_holds_the_launch_commands(capsys):
     with pytest.raises(SystemExit) as e: sample.main(['--help'])
     text = capsys.readouterr().out
-    assert not e.value.code and all(word in text for word in ('torchrun --nproc-per-node 8', '--rdzv-endpoint', '#SBATCH', 'Always -m'))
+    assert not e.value.code and all(word in text for word in ('torchrun --nproc-per-node 8', '--rdzv-endpoint', '#SBATCH', '-m flowbook.scripts.sample'))
 
 
 # --- judged

@@ -32,7 +32,7 @@ def door_(name, good, name_, **bad): # of what has an argument `name` itself
 
 DOORS = [door(k.__name__, lambda tmp: {})._replace(bad={f.name: wrong(f) for f in fields(k)}) for k in C.PARTS.values()] + [
     door('Result', lambda tmp: dict(metric='FID', value=2.66, table='Table 3'), metric=[None, 3], value=number(), table=[None, 3], note=[None, 3]),
-    door_('Config', lambda tmp: parts(config()), [None, 3], paper=[None, 3], title=[None, 3], data=[None, 3, {}], flow=[None, 3, {}], noise=[None, {}], align=[3, {}, 'reverse'], joint=[3, C.Joint()],
+    door_('Config', lambda tmp: parts(config()), [None, 3], paper=[None, 3], title=[None, 3], data=[None, 3, {}], flow=[None, 3, {}], noise=[None, {}], align=[3, {}, 'reverse'], joint=[3, C.JointVae()],
          optim=[None, 3, {}], system=[None, {}], sample=[None, {}], published=[None, 'FID', [], ('FID',)], unsaid=[None, 'optim.lr', []], notes=[None, 'E1', (3,)], seed=[v for v in whole(0, 2**63 - 1)], changed=[None, 'seed=1', []]),
     door('model_of', lambda tmp: dict(c=C.twin(config())), c=KINDS),
     door('changed', lambda tmp: dict(c=config(), values={'optim.lr': 1e-3}), c=KINDS, values=[None, [], 'optim.lr=1', {'optim.lt': 1}, {'optm.lr': 1}, {'joint.p': 1}, {3: 4}]),
@@ -55,10 +55,10 @@ DOORS = [door(k.__name__, lambda tmp: {})._replace(bad={f.name: wrong(f) for f i
     door('describe', lambda tmp: dict(c=config(), gpu='A100', world=8), c=KINDS, gpu=[*choice(), []], world=[v for v in whole(1, 2**13) if v is not None]),
 ]
 INNER = {
-    'the checks themselves, and what reads a field: called by the doors above': 'checked said of Section wholes check_kind check_config check_joint check_sizes world_of nearest number parsed',
-    "rows of the papers' tables, run once when the module is imported": 'R add tarflow rrepa detach_all row simflow table_1',
-    'parts of a configuration that is checked already: they see it only through the doors above': 'vae_config with_sigma variant_of twin_sides small size_of data_of main_result columns mean_only costs_of said_of plain short',
-    'formulas over the sizes of a configuration, behind parameters, flops and memory': 'norm_numbers layer_numbers token_widths flow_numbers resnet vae_layers critic_layers lpips_layers projector_numbers block_cost flow_flops projector_flops aligned_flops again vae_flops '
+    'the checks themselves, and what reads a field: called by the doors above': 'checked said of Section wholes check_kind check_parts check_kinds check_optim check_flow check_align check_joint check_sizes world_of nearest number',
+    "rows of the papers' tables, run once when the module is imported": 'R add tarflow rrepa detach_all simflow table_1',
+    'parts of a configuration that is checked already: they see it only through the doors above': 'vae_config with_sigma variant_of twin_sides small size_of data_of main_result columns mean_only costs_of said_of says told_of short',
+    'formulas over the sizes of a configuration, behind parameters, flops and memory': 'norm_numbers layer_numbers token_widths flow_numbers resnet vae_layers critic_layers lpips_layers projector_numbers block_cost flow_flops projector_flops aligned_flops vae_flops '
                                                                                       'layer_bytes flow_bytes conv_bytes critic_bytes joint_bytes f_layers',
     'records': 'Conv Spot Vit Cost Gpu Hours',
 }

@@ -30,10 +30,11 @@ configs = ['digits-tarflow-64', None, 3, {'optim': 1}]
 datasets = ['digits', None, 3, torch.zeros(2, 1, 8, 8)]
 
 DOORS = [
-    door('steady', lambda tmp: dict(step=3, steps=10, warmup=2, floor=.1), step=whole(0), warmup=whole(0), floor=number(0, 1)),
+    door('constant', lambda tmp: dict(step=3, steps=10, warmup=2, floor=.1), step=whole(0), warmup=whole(0), floor=number(0, 1)),
     door('shortened', lambda tmp: dict(c=tiny(), steps=1), c=configs, steps=whole()),
     door('build', lambda tmp: dict(c=tiny(), device='cpu', dtype=torch.float32, dry=False), c=configs, device=['tpu of mine', 3.5], dtype=['float32', torch.int64, None], dry=flag()),
     door('open_images', lambda tmp: dict(c=tiny(), split='test'), c=configs, split=choice()),
+    door('held_note', lambda tmp: dict(c=tiny()), c=configs),
     door('open_data', lambda tmp: dict(c=tiny(), split='test', shard=8), c=configs, split=choice(), shard=whole()),
     door('check_data', lambda tmp: dict(c=tiny(), data=few()), c=configs, data=[*datasets, rgb(), named(), few(7), few(3)]),
     door('adapt', lambda tmp: dict(c=tiny(), data=few()), c=configs, data=datasets),

@@ -48,7 +48,7 @@ DOORS = [
 INNER = {
     'kinds of what open_model gives; Opened.draw is the door of all of them': 'OpenedLatent OpenedJoint',
     'looks at files and cards: damaged ones are tested in test_sample.py': 'check_card',
-    'of the command line, whose mistakes are tested in test_sample.py': 'add_way check_way parser main cli summary broken redrawn difference agreed',
+    'of the command line, whose mistakes are tested in test_sample.py': 'add_way check_way parser main cli summary broken drawn_again typed_difference agreed',
     'files and names of samples: called with what the command line has checked': 'class_folder write_png write_tensors Place grid_columns shown_again',
     'record': 'Drawn',
 }
