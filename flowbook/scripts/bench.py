@@ -8,9 +8,10 @@ __all__ = ['MODELS', 'TRAINING', 'ALIGNING', 'SOLVERS', 'RREPA_SPEED', 'once', '
            'bench_denoising', 'parser', 'whole', 'pick_models', 'fresh', 'line', 'aligned_line', 'report', 'main',
            'judge_costs', 'costs', 'cli']
 
-# %% ../../nbs/16_bench.ipynb #786fb2e8
+# %% ../../nbs/16_bench.ipynb #bb61a167
 #| eval: false
-if __name__ == '__main__' and '__file__' in globals() and not __package__: raise SystemExit('run it as a module: python -m flowbook.scripts.bench')
+if __name__ == '__main__' and '__file__' in globals() and not __package__:
+    raise SystemExit('run it as a module: python -m flowbook.scripts.bench')
 
 # %% ../../nbs/16_bench.ipynb #a8d6a55f
 import argparse, copy, math, os, statistics, sys, time
@@ -85,13 +86,14 @@ def operations(flow:TarFlow, b:int, passes:int=1) -> float:
     ends = len(flow.blocks) * 2 * 3 * flow.z_shape[1] * dim                            # proj_in, proj_out
     return passes * b * (n - 1) * (layers * (24 * dim**2 + 4 * dim * n / 2) + ends)
 
-# %% ../../nbs/16_bench.ipynb #251c0996
+# %% ../../nbs/16_bench.ipynb #f6e09d1a
 def check_bench(flow, b, rounds) -> None:
     "ValueError, by name, for what cannot be measured."
     check_module('flow', flow, TarFlow); check_whole('b', b); check_whole('rounds', rounds)
 
-def bench_sampling(flow:TarFlow, b:int, guidance:Guidance=None, rounds:int=5, dtype=None, tol:float=1e-5, naive:bool=True, seed:int=0) -> dict:
-    "All samplers on the same latents: speed against the textbook's, passes, error of a sample (against float64), memory, share of the matrix rate."
+def bench_sampling(flow:TarFlow, b:int, guidance:Guidance=None, rounds:int=5, dtype=None, tol:float=1e-5, naive:bool=True,
+                   seed:int=0) -> dict:
+    "All samplers on the same latents: speed against the textbook's, passes, error (against float64), memory, share of the matrix rate."
     check_bench(flow, b, rounds); check_whole('seed', seed, 0); check_choice('naive', naive, (False, True))
     device, n, T = next(flow.parameters()).device, flow.z_shape[0], len(flow.blocks)
     z, y = flow.draw(b, torch.Generator().manual_seed(seed)), (torch.arange(b) % flow.classes).to(device) if flow.classes else None
@@ -110,11 +112,13 @@ def bench_sampling(flow:TarFlow, b:int, guidance:Guidance=None, rounds:int=5, dt
         speed = ratio(times, name, 'textbook') if name != 'naive' else {'median': textbook / t['wall'][0]}
         out[name] = {'speed': speed, 'ms': 1e3 * statistics.median(t['wall']), 'cpu_ms': 1e3 * statistics.median(t['cpu'])}
         if name == 'naive': continue
-        out[name] |= {'cpu_speed': ratio(times, name, 'textbook', 'cpu'), 'memory': peak_memory(runs[name], device), 'rate': work / statistics.median(t['wall']) / rate}
+        out[name] |= {'cpu_speed': ratio(times, name, 'textbook', 'cpu'), 'memory': peak_memory(runs[name], device),
+                      'rate': work / statistics.median(t['wall']) / rate}
         e = error(name)
         out[name] |= {'error': e.max().item(), 'error_median': e.median().item()}
         if name != 'textbook': out[name]['passes'] = passes(name)
-    return {'tokens': n, 'batch': b, 'guided': guidance is not None, 'steps': T * (n - 1), 'threads': torch.get_num_threads(), 'samplers': out}
+    return {'tokens': n, 'batch': b, 'guided': guidance is not None, 'steps': T * (n - 1), 'threads': torch.get_num_threads(),
+            'samplers': out}
 
 # %% ../../nbs/16_bench.ipynb #96f53d3f
 def bench_training(flow:TarFlow, b:int, rounds:int=7) -> dict:
@@ -136,16 +140,19 @@ def bench_training(flow:TarFlow, b:int, rounds:int=7) -> dict:
         k: {'speed': ratio(times, k, 'plain, mask'), 'ms': 1e3 * statistics.median(t['wall']), 'cpu_ms': 1e3 * statistics.median(t['cpu']),
             'rate': 3 * operations(flow, b) / statistics.median(t['wall']) / rate[k]} for k, t in times.items()}}
 
-# %% ../../nbs/16_bench.ipynb #32f9d640
+# %% ../../nbs/16_bench.ipynb #284d4a6b
 def bench_alignment(flow:TarFlow, b:int, rounds:int=5, layer:int=6, sequential:bool=True) -> dict:
     "A training step with every strategy, against the plain one: time, counted operations of the linear layers, memory."
-    check_bench(flow, b, rounds); check_whole('layer', layer, 1, len(flow.blocks[-1].layers)); check_choice('sequential', sequential, (False, True))
+    check_bench(flow, b, rounds); check_whole('layer', layer, 1, len(flow.blocks[-1].layers)); check_choice('sequential', sequential,
+        (False, True))
     device, n, dim = next(flow.parameters()).device, flow.z_shape[0], flow.config['dim']
     T, g = len(flow.blocks), torch.Generator().manual_seed(0)
     x, v = torch.randn(b, *flow.image_shape, generator=g).to(device), torch.randn(b, n, dim, generator=g).to(device)
-    y, pairs = (torch.arange(b) % flow.classes).to(device) if flow.classes else None, [(T - 1, layer), (T, layer)] if T > 1 else [(1, layer)]
+    y, pairs = (torch.arange(b) % flow.classes).to(device) if flow.classes else None, [(T - 1, layer),
+        (T, layer)] if T > 1 else [(1, layer)]
     ways = {'forward': Forward(pairs), 'detach': Detach(pairs), 'detach, re-run': Detach(pairs, rerun=True), 'reverse': Reverse(pairs),
-            'reverse, re-run': Reverse(pairs, rerun=True), 'reverse, unroll 2': Reverse(pairs, unroll=2), 'sequential': ReverseSequential(pairs)}
+            'reverse, re-run': Reverse(pairs, rerun=True), 'reverse, unroll 2': Reverse(pairs, unroll=2),
+            'sequential': ReverseSequential(pairs)}
     aligned = {k: Alignment(flow, s, dim, hidden=dim).to(device) for k, s in ways.items()}
     def step(objective, *target):
         flow.zero_grad(set_to_none=True)
@@ -154,20 +161,24 @@ def bench_alignment(flow:TarFlow, b:int, rounds:int=5, layer:int=6, sequential:b
     slow = steps.pop('sequential')
     times = race(steps, rounds, device)
     cost = {k: ratio(times, 'plain', k) for k in steps}
-    busy = {k: ratio(times, 'plain', k, 'cpu')['median'] for k in steps}                   # of this process alone: what else runs here counts less
+    # of this process alone: what else runs here counts less
+    busy = {k: ratio(times, 'plain', k, 'cpu')['median'] for k in steps}
     if sequential:
         apart = race({'plain': steps['plain'], 'sequential': slow}, 2, device)
         times['sequential'], cost['sequential'], steps['sequential'] = apart['sequential'], ratio(apart, 'plain', 'sequential'), slow
         busy['sequential'] = ratio(apart, 'plain', 'sequential', 'cpu')['median']
     def weigh(run):
-        for m in (flow, *aligned.values()): m.zero_grad(set_to_none=True)                  # old gradients that a step frees would count as less
+        # old gradients that a step frees would count as less
+        for m in (flow, *aligned.values()): m.zero_grad(set_to_none=True)
         return peak_memory(run, device)
     counted, memory = {k: operations_of(run) for k, run in steps.items()}, {k: weigh(run) for k, run in steps.items()}
     flow.zero_grad(set_to_none=True)
-    return {'tokens': n, 'dim': dim, 'batch': b, 'blocks': T, 'layers': len(flow.blocks[-1].layers), 'layer': layer, 'threads': torch.get_num_threads(), 'steps': {
-        k: {'cost': cost[k], 'cpu_cost': busy[k], 'counted': counted[k] / counted['plain'], 'memory': memory[k], 'ms': 1e3 * statistics.median(times[k]['wall'])} for k in steps}}
+    return {'tokens': n, 'dim': dim, 'batch': b, 'blocks': T, 'layers': len(flow.blocks[-1].layers), 'layer': layer,
+            'threads': torch.get_num_threads(), 'steps': {
+        k: {'cost': cost[k], 'cpu_cost': busy[k], 'counted': counted[k] / counted['plain'], 'memory': memory[k],
+            'ms': 1e3 * statistics.median(times[k]['wall'])} for k in steps}}
 
-# %% ../../nbs/16_bench.ipynb #96801bf5
+# %% ../../nbs/16_bench.ipynb #c15cb365
 def operations_of(run) -> int:
     "Operations of the matrix products and convolutions in a call, counted."
     from torch.utils.flop_counter import FlopCounterMode
@@ -180,18 +191,22 @@ def bench_denoising(flow:TarFlow, b:int, rounds:int=5, sigma:float=.1) -> dict:
     device, g = next(flow.parameters()).device, torch.Generator().manual_seed(0)
     x, y = torch.randn(b, *flow.image_shape, generator=g).to(device), (torch.arange(b) % flow.classes).to(device) if flow.classes else None
     z = flow(x, y)[0].detach()
-    runs = {'forward': torch.no_grad()(lambda: flow.log_prob(x, y)), 'denoise': lambda: denoise(flow, x, sigma, y), 'draw': lambda: invert(flow, z, y, None, 'sequential')}
+    runs = {'forward': torch.no_grad()(lambda: flow.log_prob(x, y)), 'denoise': lambda: denoise(flow, x, sigma, y),
+            'draw': lambda: invert(flow, z, y, None, 'sequential')}
     times = race(runs, rounds, device)
-    frozen = copy.deepcopy(flow).requires_grad_(False)       # the counter knows `backward`, not `autograd.grad`: the same operations, if no weight wants a gradient
+    # the counter knows `backward`, not `autograd.grad`: the same operations, if no weight wants a gradient
+    frozen = copy.deepcopy(flow).requires_grad_(False)
     back = lambda: frozen.log_prob(x.clone().requires_grad_(), y).sum().backward()
     memory = [peak_memory(runs[k], device) for k in ('denoise', 'forward')]
-    return {'counted': operations_of(back) / operations_of(runs['forward']), 'memory': memory[0] / memory[1], 'cpu': ratio(times, 'forward', 'denoise', 'cpu')['median'],
+    return {'counted': operations_of(back) / operations_of(runs['forward']), 'memory': memory[0] / memory[1],
+            'cpu': ratio(times, 'forward', 'denoise', 'cpu')['median'],
             'share of drawing': ratio(times, 'draw', 'denoise', 'cpu')['median']}
 
-# %% ../../nbs/16_bench.ipynb #58d0cc59
+# %% ../../nbs/16_bench.ipynb #61aca5e7
 def parser() -> argparse.ArgumentParser:
     "The command line of `flowbook_bench`."
-    p = argparse.ArgumentParser('flowbook_bench', description='Samplers and training steps against plain ones, measured in turns, as ratios (chapter 09).')
+    p = argparse.ArgumentParser('flowbook_bench', description='Samplers and training steps against plain ones, measured in turns, as '
+                                'ratios (chapter 09).')
     add = p.add_argument
     add('--models', default=','.join(MODELS), help="checkpoints, with commas, or 'none' (default: %(default)s)")
     add('--fresh', metavar='SIZE,CHANNELS,PATCH,DIM,BLOCKS,LAYERS', help='an untrained flow instead; its parallel solvers say nothing')
@@ -203,7 +218,8 @@ def parser() -> argparse.ArgumentParser:
     add('--dtype', choices=('float32', 'bf16'), default='float32', help='of the network in our samplers (default: %(default)s)')
     add('--naive', action='store_true', help='also the naive sampler, once: minutes at 256 tokens')
     add('--train', type=int, nargs='?', const=32, default=0, metavar='BATCH', help='also the training step, at this batch size (32)')
-    add('--align', type=int, nargs='?', const=4, default=0, metavar='BATCH', help='also the training step with alignment, at this batch size (4)')
+    add('--align', type=int, nargs='?', const=4, default=0, metavar='BATCH',
+        help='also the training step with alignment, at this batch size (4)')
     add('--device', default='cpu', help='cpu or cuda (default: %(default)s)')
     add('--json', nargs='?', const='', metavar='FILE', help='also write the results (default: nbs/results/bench.<device>.json)')
     return p
@@ -231,12 +247,13 @@ def fresh(text:str, device) -> TarFlow:
     for block in flow.blocks: torch.nn.init.normal_(block.proj_out.weight, std=.02)    # not the identity, at least
     return flow
 
-# %% ../../nbs/16_bench.ipynb #6a1a1cdc
+# %% ../../nbs/16_bench.ipynb #c0db59d1
 def line(name, r) -> str:
     "One sampler or step for people."
     s = r['speed']
     spread = f'{s["low"]:5.2f}..{s["high"]:<5.2f}' if 'low' in s else ' ' * 12
-    more = [f'{r["passes"]:5d} passes' if 'passes' in r else ' ' * 12, f'error {r["error_median"]:.0e}, at most {r["error"]:.0e}' if 'error' in r else ' ' * 26,
+    more = [f'{r["passes"]:5d} passes' if 'passes' in r else ' ' * 12,
+            f'error {r["error_median"]:.0e}, at most {r["error"]:.0e}' if 'error' in r else ' ' * 26,
             f'{r["memory"] / 1e6:7.1f} MB' if 'memory' in r else ' ' * 10, f'{r["rate"]:5.1%} of the matrix rate' if 'rate' in r else '']
     return f'  {name:14}{s["median"]:6.2f}x  {spread}  {r["ms"]:9.1f} ms  cpu {r["cpu_ms"]:9.1f} ms  {"  ".join(more)}'.rstrip()
 
@@ -249,13 +266,15 @@ def aligned_line(name, r, plain) -> str:
 def report(r:dict, name:str) -> str:
     "One measurement for people."
     if 'layer' in r:
-        head = f'{name}: {r["tokens"]} tokens, training step aligned at layer {r["layer"]} of the last two blocks, batch {r["batch"]}, width {r["dim"]}'
+        head = (f'{name}: {r["tokens"]} tokens, training step aligned at layer {r["layer"]} of the last two blocks, '
+                f'batch {r["batch"]}, width {r["dim"]}')
         return '\n'.join([head] + [aligned_line(k, v, r['steps']['plain']) for k, v in r['steps'].items()])
-    what = f'batch {r["batch"]}, {"guided" if r["guided"] else "unguided"}, {r["steps"]} sequential steps' if 'samplers' in r else f'training step, batch {r["batch"]}, width {r["dim"]}'
+    if 'samplers' in r: what = f'batch {r["batch"]}, {"guided" if r["guided"] else "unguided"}, {r["steps"]} sequential steps'
+    else: what = f'training step, batch {r["batch"]}, width {r["dim"]}'
     head = f'{name}: {r["tokens"]} tokens, {what}, {r["threads"]} thread{"s" * (r["threads"] > 1)}'
     return '\n'.join([head] + [line(k, v) for k, v in (r.get('samplers') or r['steps']).items()])
 
-# %% ../../nbs/16_bench.ipynb #a6e1bf48
+# %% ../../nbs/16_bench.ipynb #9dc16040
 def main(argv=None) -> dict:
     "Measure, print every table as soon as it is there, and return (or write) all of them."
     a = parser().parse_args(argv)
@@ -263,7 +282,8 @@ def main(argv=None) -> dict:
     threads = [torch.get_num_threads() if t == 'all' else whole(t, '--threads')[0] for t in a.threads.split(',')]
     flows, dtype, before = pick_models(a), torch.bfloat16 if a.dtype == 'bf16' else None, torch.get_num_threads()
     if a.train < 0 or a.align < 0: raise ValueError(f'--train, --align: {a.train}, {a.align}; a batch size is 1 or more')
-    guided, place = ClassGuidance(a.w), check_device('--device', a.device)                # what cannot be is said before anything is measured
+    # what cannot be is said before anything is measured
+    guided, place = ClassGuidance(a.w), check_device('--device', a.device)
     file = a.json if a.json is None else as_file(a.json or f'nbs/results/bench.{place.type}.json')
     results = []
     try:
@@ -282,13 +302,14 @@ def main(argv=None) -> dict:
                 results.append({'model': size, **bench_alignment(flow, a.align, rounds, min(6, len(flow.blocks[-1].layers)))})
                 print(report(results[-1], size), flush=True)
     finally: torch.set_num_threads(before)
-    out = {'command': ' '.join(['flowbook_bench', *(sys.argv[1:] if argv is None else argv)]), **provenance('gpu' if a.device.startswith('cuda') else 'laptop'), 'results': results}
+    out = {'command': ' '.join(['flowbook_bench', *(sys.argv[1:] if argv is None else argv)]),
+           **provenance('gpu' if a.device.startswith('cuda') else 'laptop'), 'results': results}
     if file is not None:
         write_atomic(file, out)
         print(f'written to {file}')
     return out
 
-# %% ../../nbs/16_bench.ipynb #8fb3a6ee
+# %% ../../nbs/16_bench.ipynb #314e0372
 RREPA_SPEED = {'forward': 2.11, 'detach': 1.93, 'reverse': 1.87}  # R-REPA: steps a second
 
 def judge_costs(results):
@@ -296,25 +317,32 @@ def judge_costs(results):
     n, last = len(results), list(results[0]['sampling'])[-1]
     get = lambda *keys: [flat(r)['.'.join(keys)] for r in results]
     ratios = ', '.join(f'{k} tokens {summary(get("sampling", k, "faster")).mean:.1f}' for k in results[0]['sampling'])
-    cached = lower(get('sampling', last, 'cached'), get('sampling', last, 'naive'), (f'seconds for {last} tokens with the cache', 'without'))
+    cached = lower(get('sampling', last, 'cached'), get('sampling', last, 'naive'),
+                   (f'seconds for {last} tokens with the cache', 'without'))
     two = lower(get('denoising', 'counted'), [2.5] * n, ('forward passes that denoising takes, counted', 'the bound'))
     t18 = all_of(cached, two)
-    memory = f'by time {summary(get("denoising", "cpu")).mean:.2f} forward passes, {summary(get("denoising", "memory")).mean:.1f} times the memory, {summary(get("denoising", "share of drawing")).mean:.1%} of the time of drawing'
+    mean = lambda *keys: summary(get('denoising', *keys)).mean
+    memory = (f'by time {mean("cpu"):.2f} forward passes, {mean("memory"):.1f} times the memory, '
+              f'{mean("share of drawing"):.1%} of the time of drawing')
     cost, names = lambda k: get('alignment', k, 'cpu_cost'), list(RREPA_SPEED)
     r6 = all_of(*(lower(cost(a), cost(b), (f'time of a step over a plain one, {a}', b)) for a, b in zip(names, names[1:])))
     over = lambda k: [a / b for a, b in zip(cost(k), cost('forward'))]
-    ratios6 = ', '.join(f'{k} {summary(over(k)).mean:.3f} (Table 5: {RREPA_SPEED["forward"] / RREPA_SPEED[k]:.3f}, perhaps with the encoder)' for k in names[1:])
+    ratios6 = ', '.join(f'{k} {summary(over(k)).mean:.3f} (Table 5: {RREPA_SPEED["forward"] / RREPA_SPEED[k]:.3f}, perhaps with the '
+                        'encoder)' for k in names[1:])
     r5 = all_of(*(lower(get('alignment', 'reverse', k), get('alignment', 'sequential', k), (f'{what}, cached', 'sequential'), unit)
-                  for k, what, unit in (('cpu_cost', 'time of an aligned step over a plain one', ''), ('megabytes', 'memory of an aligned step', 'MB'))))
+                  for k, what, unit in (('cpu_cost', 'time of an aligned step over a plain one', ''),
+                                        ('megabytes', 'memory of an aligned step', 'MB'))))
     return {'T18': Verdict(t18.state, f'times as fast with the cache: {ratios}; {t18.reason}; {memory}'),
             'R5': r5, 'R6': Verdict(r6.state, f'{r6.reason}; over forward: {ratios6}')}
 
-# %% ../../nbs/16_bench.ipynb #b680ef44
+# %% ../../nbs/16_bench.ipynb #37abbb11
 @experiment('costs', claims=('T18', 'R5', 'R6'), verdict=judge_costs, seeds={'smoke': 1, 'laptop': 3, 'gpu': 3},
-            title='the time that a cache saves, that denoising takes, and that alignment adds', clock=('sampling', 'cpu', 'share of drawing', 'cpu_cost'),
+            title='the time that a cache saves, that denoising takes, and that alignment adds',
+            clock=('sampling', 'cpu', 'share of drawing', 'cpu_cost'),
             config={'smoke': {'models': ['digits-0.1'], 'batch': 1, 'rounds': 1, 'size': '4,1,1,16,2,2', 'layer': 2, 'aligned batch': 1},
                     'laptop': {'models': list(MODELS), 'batch': 4, 'rounds': 5, 'size': '8,1,1,128,8,8', 'layer': 2, 'aligned batch': 4},
-                    'gpu': {'models': list(MODELS), 'batch': 16, 'rounds': 5, 'size': '64,3,4,1024,8,8', 'layer': 2, 'aligned batch': 32, 'device': 'cuda'}})
+                    'gpu': {'models': list(MODELS), 'batch': 16, 'rounds': 5, 'size': '64,3,4,1024,8,8', 'layer': 2,
+                            'aligned batch': 32, 'device': 'cuda'}})
 def costs(seed, budget):
     "T18, R5, R6: samplers with and without a cache, denoising, and the aligned step of Table 5."
     c = EXPERIMENTS['costs'].config[budget]
@@ -327,7 +355,8 @@ def costs(seed, budget):
         sampling[str(flow.z_shape[0])] = {**seconds, 'faster': seconds['naive'] / seconds['cached']}
     aligned = bench_alignment(fresh(c['size'], device), c['aligned batch'], c['rounds'], c['layer'])['steps']
     return {'sampling': sampling, 'denoising': bench_denoising(flow, c['batch'], c['rounds'], flow.card['sigma']),
-            'alignment': {k: {'cpu_cost': r['cost']['median'] if clock == 'wall' else r['cpu_cost'], 'counted': r['counted'], 'megabytes': r['memory'] / 1e6} for k, r in aligned.items()}}
+            'alignment': {k: {'cpu_cost': r['cost']['median'] if clock == 'wall' else r['cpu_cost'], 'counted': r['counted'],
+                              'megabytes': r['memory'] / 1e6} for k, r in aligned.items()}}
 
 # %% ../../nbs/16_bench.ipynb #3292f6ab
 def cli() -> None:

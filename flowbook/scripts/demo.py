@@ -7,9 +7,10 @@ __all__ = ['SIMFLOW', 'parser', 'arguments', 'check_typed', 'pick_device', 'pick
            'watched', 'keep', 'affordable_steps', 'judge_samples', 'draw_loss', 'ways', 'joint_model', 'run_simflow',
            'keep_simflow', 'judge_demo', 'demo_experiment']
 
-# %% ../../nbs/16_demo.ipynb #00aaf746
+# %% ../../nbs/16_demo.ipynb #a8dfa536
 #| eval: false
-if __name__ == '__main__' and '__file__' in globals() and not __package__: raise SystemExit('run it as a module: python -m flowbook.scripts.demo')
+if __name__ == '__main__' and '__file__' in globals() and not __package__:
+    raise SystemExit('run it as a module: python -m flowbook.scripts.demo')
 
 # %% ../../nbs/16_demo.ipynb #3bb6b9e1
 import argparse, contextlib, io, json, math, os, sys, tempfile, time
@@ -26,16 +27,20 @@ from ..tarflow import TarFlow
 from ..train import (DropLabels, GaussianNoise, NonFiniteLoss,
                             fit, mean_nll, plot_curve, progress, to_bits)
 
-# %% ../../nbs/16_demo.ipynb #ad52f00f
-SIMFLOW = dict(sigma=.5, steps=1000, lr=DIGITS['lr'], batch_size=DIGITS['batch_size'], blocks=2, layers=3, out='flowbook_demo_simflow') # what --simflow changes
+# %% ../../nbs/16_demo.ipynb #b3925286
+# what --simflow changes
+SIMFLOW = dict(sigma=.5, steps=1000, lr=DIGITS['lr'], batch_size=DIGITS['batch_size'], blocks=2, layers=3, out='flowbook_demo_simflow')
 
 def parser() -> argparse.ArgumentParser:
     "The command line of `flowbook_demo`."
-    p = argparse.ArgumentParser('flowbook_demo', description='Train a class-conditional TARFlow and draw samples from it: digits in about a minute.')
+    p = argparse.ArgumentParser('flowbook_demo', description='Train a class-conditional TARFlow and draw samples from it: digits in '
+                                'about a minute.')
     add = p.add_argument
     add('--simflow', action='store_true', help='train encoder, decoder and flow together on the digits (chapter 13, about two minutes)')
-    add('--data', help='digits (comes with the book), mnist5k, mnist, fashion_mnist, cifar10 or folder (default: folder with --root, else digits)')
-    add('--root', help='of folder: the images, one subfolder a class, or train and val (test) which have them; of mnist, fashion_mnist, cifar10: where they are kept')
+    add('--data', help='digits (comes with the book), mnist5k, mnist, fashion_mnist, cifar10 or folder (default: folder with --root, '
+        'else digits)')
+    add('--root', help='of folder: the images, one subfolder a class, or train and val (test) which have them; of mnist, '
+        'fashion_mnist, cifar10: where they are kept')
     add('--image-size', type=int, help="height and width, pixels (default: the data's own; a folder needs it)")
     add('--held-out', type=float, metavar='SHARE', help='of each class of a folder without val or test, for testing (default: 0.1)')
     add('--patch-size', type=int, help='side of a patch, pixels (default: at least 2, and so that there are at most 64 tokens)')
@@ -50,7 +55,8 @@ def parser() -> argparse.ArgumentParser:
     add('--threads', type=int, help="of the CPU (default: 1 for digits, else PyTorch's choice)")
     add('--device', default='auto', help='auto, cpu, cuda or mps (default: the GPU, where there is one)')
     add('--out', default='flowbook_demo',
-        help='folder for samples.png, denoised.png, loss.png, checkpoint/, report.json; a number is added if it is taken (default: %(default)s)')
+        help='folder for samples.png, denoised.png, loss.png, checkpoint/, report.json; a number is added if it is taken (default: '
+        '%(default)s)')
     return p
 
 def arguments(argv=None) -> argparse.Namespace:
@@ -60,10 +66,11 @@ def arguments(argv=None) -> argparse.Namespace:
     if first.parse_known_args(argv)[0].simflow: p.set_defaults(**SIMFLOW)       # what is typed still wins, and --help shows them
     return p.parse_args(argv)
 
-# %% ../../nbs/16_demo.ipynb #afb85de9
+# %% ../../nbs/16_demo.ipynb #6597c2b7
 def check_typed(a:argparse.Namespace) -> None:
     "ValueError, by what was typed, for numbers that cannot be; before anything is loaded or made."
-    for k, least in (('steps', 1), ('batch_size', 1), ('dim', 1), ('blocks', 1), ('layers', 1), ('seed', 0), ('threads', 1), ('image_size', 1), ('patch_size', 1)):
+    for k, least in (('steps', 1), ('batch_size', 1), ('dim', 1), ('blocks', 1), ('layers', 1), ('seed', 0), ('threads', 1),
+                     ('image_size', 1), ('patch_size', 1)):
         if (v := getattr(a, k)) is not None: check_whole('--' + k.replace('_', '-'), v, least, 2**31)
 
 def pick_device(name:str) -> torch.device:
@@ -155,7 +162,7 @@ def watched(logs, steps:int) -> tuple: # -> history, what went wrong or None, se
     if problem: print(f'\nnote    {problem}')
     return history, problem, time.perf_counter() - started
 
-# %% ../../nbs/16_demo.ipynb #3b667dbc
+# %% ../../nbs/16_demo.ipynb #f5a3c71f
 def keep(flow, a, report:dict, train, test, noise, history, problem, seconds:float) -> dict:
     "Measure the trained flow; write samples, loss curve, checkpoint and report. Returns the report."
     bits = lambda data: to_bits(mean_nll(flow, data, noise, batch_size=250))
@@ -180,7 +187,8 @@ def keep(flow, a, report:dict, train, test, noise, history, problem, seconds:flo
     if 'fid' in report:
         print(f'metrics FID {report["fid"]:.1f}, sFID {report["sfid"]:.1f}, precision {report["precision"]:.2f}, recall '
               f'{report["recall"]:.2f} against the training digits, by the features of the judge (chapter 05)')
-    print(f'wrote   {out/"samples.png"} (one row a class), {out/"denoised.png"} (the same without noise, chapter 07), {out/"loss.png"}, {out/"checkpoint"}: '
+    print(f'wrote   {out/"samples.png"} (one row a class), {out/"denoised.png"} (the same without noise, chapter 07), {out/"loss.png"}, '
+          f'{out/"checkpoint"}: '
           f'TarFlow.from_pretrained({str(out/"checkpoint")!r})')
     print('next    jupyter lab nbs        opens the book; start with nbs/index.ipynb')
     return report
@@ -209,11 +217,12 @@ def draw_loss(history:list, path:Path, of:str='nats a dimension') -> None:
     ax = (fig := Figure(figsize=(5, 2.6), dpi=100, layout='constrained')).subplots()
     plot_curve(history, ax=ax); ax.set(title='training loss', ylabel=of); fig.savefig(path)
 
-# %% ../../nbs/16_demo.ipynb #480e720d
+# %% ../../nbs/16_demo.ipynb #59302b28
 def ways(sigma:float) -> dict:
     "Three ways to draw. File: what is said of it, how it is drawn."
     star = dict(guidance=StarGuidance(1.))
-    return {'samples': ('unguided', {}), 'guided': ('STARFlow guidance', star), 'scored': ('STARFlow guidance and Eq. 6', {**star, 'gamma': sigma**2})}
+    return {'samples': ('unguided', {}), 'guided': ('STARFlow guidance', star),
+            'scored': ('STARFlow guidance and Eq. 6', {**star, 'gamma': sigma**2})}
 
 def joint_model(a, classes:int) -> SimFlow:
     "The digits' model of chapter 13, with the flow that the command line asks for."
@@ -225,7 +234,8 @@ def run_simflow(a:argparse.Namespace) -> dict:
     "The same demonstration for the joint model. Returns the report."
     device = pick_device(a.device)
     if a.data not in (None, 'digits') or a.root or a.image_size or a.patch_size or a.held_out is not None:
-        raise ValueError('--simflow: it trains on the digits as they are; leave --data, --root, --image-size, --held-out and --patch-size out')
+        raise ValueError('--simflow: it trains on the digits as they are; leave --data, --root, --image-size, --held-out and '
+                         '--patch-size out')
     torch.set_num_threads(a.threads or 1)            # fastest for so small a model
     fresh_folder(a.out)
     train, test = load('digits'), load('digits', 'test')
@@ -240,9 +250,11 @@ def run_simflow(a:argparse.Namespace) -> dict:
     print(f'train   {a.steps:,} steps of {a.batch_size}, all three together, latent noise {a.sigma}, learning rate {a.lr}, seed {a.seed} '
           '(Ctrl-C stops early and keeps what was learned)')
     stream = batches(train, a.batch_size, seed=a.seed, transforms=[DrawNoise(model.posterior.draws(model.N)), DropLabels(DIGITS['drop'])])
-    logs = fit(model, stream, Joint(Reconstruction(DIGITS['p']), FlowNLL()), steps=a.steps, warmup=max(1, a.steps // 20), every=max(1, min(10, a.steps)), **{**PAPER, 'lr': a.lr})
+    logs = fit(model, stream, Joint(Reconstruction(DIGITS['p']), FlowNLL()), steps=a.steps, warmup=max(1, a.steps // 20),
+               every=max(1, min(10, a.steps)), **{**PAPER, 'lr': a.lr})
     history, problem, seconds = watched(logs, a.steps)
-    report = {'model': 'SimFlow', 'data': 'digits', 'image_size': [8, 8], 'sigma': a.sigma, 'seed': a.seed, 'steps': history[-1]['step'] if history else 0,
+    report = {'model': 'SimFlow', 'data': 'digits', 'image_size': [8, 8], 'sigma': a.sigma, 'seed': a.seed,
+              'steps': history[-1]['step'] if history else 0,
               'parameters': sum(sizes.values()), 'device': str(device), 'seconds': round(seconds, 1)}
     return keep_simflow(model.eval(), a, report, train, test, history, problem)
 
@@ -266,12 +278,15 @@ def keep_simflow(model:SimFlow, a, report:dict, train, test, history, problem) -
     model.save_pretrained(out/'checkpoint', card={**report, 'class_names': list(train.classes)})
     (out/'report.json').write_text(json.dumps(report, indent=2) + '\n')
 
-    print(f'result  reconstruction of the test images: {report["psnr"]:.1f} dB from noisy latents, {report["psnr_of_means"]:.1f} dB from their means; '
+    print(f'result  reconstruction of the test images: {report["psnr"]:.1f} dB from noisy latents, {report["psnr_of_means"]:.1f} dB '
+          'from their means; '
           f'{report["parameters"]:,} parameters; {report["seconds"]:.0f} s')
     for name, (what, _) in drawn.items():
-        print(f'judge   {what}: ' + f'agrees with the asked class on {report[name]["agreement"]:.1%} of 1,000 samples' + (f', FID {report[name]["fid"]:.1f}' if 'fid' in report[name] else ''))
+        print(f'judge   {what}: ' + f'agrees with the asked class on {report[name]["agreement"]:.1%} of 1,000 samples'
+              + (f', FID {report[name]["fid"]:.1f}' if 'fid' in report[name] else ''))
     files = ', '.join(str(out/f'{name}.png') for name in drawn)
-    print(f'wrote   {out/"reconstructions.png"} (images, then from noisy latents, then from means), {files} (one row a class), {out/"loss.png"}, {out/"checkpoint"}: '
+    print(f'wrote   {out/"reconstructions.png"} (images, then from noisy latents, then from means), {files} (one row a class), '
+          f'{out/"loss.png"}, {out/"checkpoint"}: '
           f'SimFlow.from_pretrained({str(out/"checkpoint")!r})')
     print('next    jupyter lab nbs        opens the book; the chapter of this model is nbs/13_simflow.ipynb')
     return report

@@ -6,25 +6,30 @@
 __all__ = ['NAMES', 'parser', 'draw', 'nll', 'likelihood', 'reconstructed', 'main', 'opened', 'known_data', 'metrics_of',
            'judged', 'table', 'cli']
 
-# %% ../../nbs/16_evaluate.ipynb #6aca2931
+# %% ../../nbs/16_evaluate.ipynb #e3f81006
 #| eval: false
-if __name__ == '__main__' and '__file__' in globals() and not __package__: raise SystemExit('run it as a module: python -m flowbook.scripts.evaluate')
+if __name__ == '__main__' and '__file__' in globals() and not __package__:
+    raise SystemExit('run it as a module: python -m flowbook.scripts.evaluate')
 
-# %% ../../nbs/16_evaluate.ipynb #a321f721
+# %% ../../nbs/16_evaluate.ipynb #25a7f0b2
 import argparse, json, sys, time
 from pathlib import Path
 import torch
 from torch import distributed as dist
 from ..data import DATASETS, ImageSet, _split_folders, batches, check_choice, check_number, check_whole, save_images
-from ..metrics import METRICS, agreement, check_given, collect, digit_classifier, evaluate, gathered, load_statistics, rank_part, ranks, reconstruction
-from .fid_stats import Progress, add_source, as_script, best_device, can_write, join_ranks, open_source, pick_extractor, pick_source, watched
+from ..metrics import (METRICS, agreement, check_given, collect, digit_classifier, evaluate, gathered, load_statistics,
+                              rank_part, ranks, reconstruction)
+from .fid_stats import (Progress, add_source, as_script, best_device, can_write, join_ranks, open_source,
+                                        pick_extractor, pick_source, counted_by)
 from .sample import Opened, Way, add_way, check_way, known_noise, open_model, way_of
 from ..train import to_bits
 
-# %% ../../nbs/16_evaluate.ipynb #55d5b887
+# %% ../../nbs/16_evaluate.ipynb #5eb19140
 def parser() -> argparse.ArgumentParser:
     "The command line of `flowbook_evaluate`."
-    p = argparse.ArgumentParser('flowbook_evaluate', description='Samples of a checkpoint against real images (chapter 05), bits/dim, and what an autoencoder keeps.',
+    p = argparse.ArgumentParser('flowbook_evaluate',
+                                description='Samples of a checkpoint against real images (chapter 05), bits/dim, and what an '
+                                'autoencoder keeps.',
                                 epilog=main.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add('checkpoint', help='a folder of save_pretrained, the folder of a run, or the name of a checkpoint of the book')
@@ -50,13 +55,14 @@ def draw(model:Opened, a, n:int, way:Way, sigma, watch=lambda x, y: None):
         said(len(x))
         yield x
 
-# %% ../../nbs/16_evaluate.ipynb #edcd74d8
+# %% ../../nbs/16_evaluate.ipynb #d714709c
 @torch.no_grad()
 def nll(model:Opened, noise, data, batch_size:int, seed:int=1) -> float:
     "Mean negative log-likelihood of what the flow sees of a dataset, nats a dimension, over all ranks. `mean_nll` of chapter 02 on one."
     device, (rank, world) = next(model.flow.parameters()).device, rank_part()
     total, count = 0., 0
-    for b in batches(data, batch_size * world, seed=seed, transforms=model.seen(noise, data.levels), epochs=1, shuffle=False, part=(rank, world)):
+    for b in batches(data, batch_size * world, seed=seed, transforms=model.seen(noise, data.levels), epochs=1, shuffle=False,
+                     part=(rank, world)):
         if not len(b.x): continue                           # of the last batch a rank can have nothing
         total -= model.flow.log_prob(b.x.to(device), b.y.to(device) if model.flow.classes else None).cpu().double().sum().item()
         count += b.x.numel()
@@ -95,7 +101,7 @@ def reconstructed(model:Opened, data, look, batch_size:int, device) -> dict:
     if world > 1: dist.all_reduce(total)
     return {**out, 'psnr': (total[0] / total[2]).item(), 'ssim': (total[1] / total[2]).item(), 'n_reconstructed': int(total[2])}
 
-# %% ../../nbs/16_evaluate.ipynb #b02072bf
+# %% ../../nbs/16_evaluate.ipynb #e0d6f02e
 def main(argv=None) -> dict:
     r"""Evaluate a checkpoint; print a table or JSON (on rank 0) and return the numbers.
 
@@ -129,7 +135,8 @@ All of them print the same numbers, to rounding. What is left out is read from t
         if sum(map(len, first)) < 100: first.append(x.cpu())
         if a.data == 'digits' and shape == (1, 8, 8) and y is not None: seen.append(judged(x.cpu(), y))
     options = dict(batch_size=a.batch_size, device=device)
-    reference = stored or collect(train, watched(look, Progress('reference', count)), keep=bool({'kid', 'precision', 'recall'} & set(metrics)), **options)
+    reference = stored or collect(train, counted_by(look, Progress('reference', count)),
+                                  keep=bool({'kid', 'precision', 'recall'} & set(metrics)), **options)
     check_given(metrics, reference, look, True)             # before hours of sampling, not after them
     out = evaluate(draw(model, a, n, way, noise, watch), reference, metrics, look, on_broken='drop', **options)
     out['seconds'] = time.perf_counter() - started
@@ -139,20 +146,24 @@ All of them print the same numbers, to rounding. What is left out is read from t
         out['agreement'] = right.item() / n
     first = torch.cat(first)
     if ranks() > 1: first = gathered(first.to(device)).cpu()
-    out = {'checkpoint': str(a.checkpoint), 'kind': type(model.model).__name__, 'extractor': look.name, 'reference': stored.dataset if stored else repr(train),
-           'parameters': sum(p.numel() for p in model.model.parameters()), 'guidance': repr(way.made()) if way.guidance != 'none' else 'none',
+    out = {'checkpoint': str(a.checkpoint), 'kind': type(model.model).__name__, 'extractor': look.name,
+           'reference': stored.dataset if stored else repr(train),
+           'parameters': sum(p.numel() for p in model.model.parameters()),
+           'guidance': repr(way.made()) if way.guidance != 'none' else 'none',
            'gamma': way.gamma, 'denoised': way.denoise, 'shape': list(shape), 'device': str(device), **out}
-    if test is not None: out |= {'test': repr(test)} | likelihood(model, noise, test, a.batch_size) | reconstructed(model, test, look, a.batch_size, device)
+    if test is not None:
+        out |= {'test': repr(test)} | likelihood(model, noise, test, a.batch_size) | reconstructed(model, test, look, a.batch_size, device)
     if rank == 0: print(json.dumps(out, indent=2) if a.json else table(out))
     if rank == 0 and a.save: save_images(first[:100], a.save)
     return out
 
-# %% ../../nbs/16_evaluate.ipynb #757afd5c
+# %% ../../nbs/16_evaluate.ipynb #5f77b4e0
 def opened(a, model:Opened) -> tuple: # -> training images or None, test images or None
     "The images that the command line or the card names; ValueError where they do not fit the checkpoint."
     shape, named = model.image_shape, known_data(a, model)
     if a.data is None and not a.reference:
-        where = f'its card names images in {named}, which is not here: give --root' if named else 'give --root IMAGES, or --data, the one it was trained on'
+        where = (f'its card names images in {named}, which is not here: give --root' if named
+                 else 'give --root IMAGES, or --data, the one it was trained on')
         raise ValueError(f'--data: missing; this checkpoint draws {shape}; {where}, or --reference')
     if a.data is None: return None, None
     pick_source(a)
@@ -164,10 +175,11 @@ def opened(a, model:Opened) -> tuple: # -> training images or None, test images 
     return train, None if none else open_source(a, 'test')
 
 def known_data(a, model:Opened) -> str|None: # -> the folder that the card names
-    "What the command line leaves out of --data, --root, --image-size and --held-out, the card may know: the configuration of its training, if there was one."
+    "What the command line leaves out of --data, --root, --image-size and --held-out, the card may know, of the training's configuration."
     card, (_, h, w) = (model.card.get('config') or {}).get('data') or {}, model.image_shape
     share = card.get('held_out') if isinstance(card, dict) else None
-    card = {k: v for k, v in card.items() if isinstance(v, str)} if isinstance(card, dict) else {}     # names and folders; a card can be wrong
+    # names and folders; a card can be wrong
+    card = {k: v for k, v in card.items() if isinstance(v, str)} if isinstance(card, dict) else {}
     if a.data is None and a.root: a.data = 'folder'
     if a.data is None and card.get('name') in DATASETS and card['name'] != 'folder': a.data = card['name']
     if a.data is None and card.get('root') and Path(card['root']).expanduser().is_dir(): a.data, a.root = 'folder', card['root']
@@ -186,8 +198,9 @@ def judged(x, y) -> int:
     whole = x.isfinite().flatten(1).all(1)
     return round(agreement(digit_classifier(), x[whole], y[whole]) * int(whole.sum())) if whole.any() else 0
 
-# %% ../../nbs/16_evaluate.ipynb #078e80eb
-NAMES = {'fid': 'FID', 'sfid': 'sFID', 'is': 'Inception Score', 'kid': 'KID', 'precision': 'precision', 'recall': 'recall', 'agreement': 'agreement',
+# %% ../../nbs/16_evaluate.ipynb #d4d8b051
+NAMES = {'fid': 'FID', 'sfid': 'sFID', 'is': 'Inception Score', 'kid': 'KID', 'precision': 'precision', 'recall': 'recall',
+         'agreement': 'agreement',
          'bits_per_dim': 'bits/dim', 'latent_nll': 'NLL', 'rfid': 'rFID', 'psnr': 'PSNR', 'ssim': 'SSIM'}
 
 def table(out:dict) -> str:
@@ -203,9 +216,12 @@ def table(out:dict) -> str:
     lines = [f'checkpoint  {out["checkpoint"]}, {out["kind"]}, {out["parameters"]:,} parameters',
              f'samples     {out["n"]:,} in {out["seconds"]:.1f} s on {out["device"]}, {", ".join(how)}, '
              f'{out["broken"]} broken and left out, {out["clipped"]:.1%} of the values clipped',
-             f'reference   {out["reference"]}', *[f'test        {out[k]}' for k in ('test',) if k in out], f'extractor   {out["extractor"]}{odd}', '']
+             f'reference   {out["reference"]}', *[f'test        {out[k]}' for k in ('test',) if k in out],
+             f'extractor   {out["extractor"]}{odd}', '']
     lines += [f'  {NAMES[k]:16}{out[k]:>10.4g}{spread(k):12}{note.get(k, "")}'.rstrip() for k in NAMES if k in out]
-    if not {'bits_per_dim', 'latent_nll'} & out.keys(): lines.append('  bits/dim        left out: they need test images (--data; of a folder, a val or a share held out), and the noise of the model (its card, or --noise)')
+    if not {'bits_per_dim', 'latent_nll'} & out.keys():
+        lines.append('  bits/dim        left out: they need test images (--data; of a folder, a val or a share held out), and the '
+                     'noise of the model (its card, or --noise)')
     return '\n'.join(lines)
 
 def cli() -> None:

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['state', 'listing', 'seeds_arg', 'report', 'parser', 'recorded', 'run_again', 'main']
 
-# %% ../../nbs/16_experiment.ipynb #2843f755
+# %% ../../nbs/16_experiment.ipynb #f93bd352
 #| eval: false
-if __name__ == '__main__' and '__file__' in globals() and not __package__: raise SystemExit('run it as a module: python -m flowbook.scripts.experiment')
+if __name__ == '__main__' and '__file__' in globals() and not __package__:
+    raise SystemExit('run it as a module: python -m flowbook.scripts.experiment')
 
-# %% ../../nbs/16_experiment.ipynb #df995e7a
+# %% ../../nbs/16_experiment.ipynb #d2e05cf6
 import argparse, random, sys
-from ..evidence import (BUDGETS, again, difference, find, flat, load_result, registry, result_path, run_each,
+from ..evidence import (BUDGETS, again, as_table, difference, find, flat, load_result, registry, result_path, run_each,
                                seed_list, summary, verdicts)
 
 # %% ../../nbs/16_experiment.ipynb #f00a7fd5
@@ -36,7 +37,7 @@ def listing(out=None) -> str:
     width = [max(len(r[k]) for r in rows) for k in range(3)]
     return '\n'.join('  '.join([*(c.ljust(w) for c, w in zip(r, width)), r[3]]).rstrip() for r in rows)
 
-# %% ../../nbs/16_experiment.ipynb #0f4040b1
+# %% ../../nbs/16_experiment.ipynb #98ac0805
 def seeds_arg(text:str):
     "'3' is three seeds, 0 to 2; '4,7' are the seeds 4 and 7."
     try: return [int(s) for s in text.strip(',').split(',')] if ',' in text else int(text)
@@ -50,9 +51,9 @@ def report(record:dict, most:int=20) -> str:
     width = max(map(len, keys[:most]), default=0)
     lines = [f'  {k.ljust(width)}  {summary([r[k] for r in results])}' for k in keys[:most]]
     if len(keys) > most: lines.append(f'  and {len(keys) - most} more numbers in the file')
-    return '\n'.join(lines + [f'{c}: {v.state}. {v.reason}' for c, v in verdicts(record).items()])
+    return '\n'.join(lines + [as_table(v, c) for c, v in verdicts(record).items()])
 
-# %% ../../nbs/16_experiment.ipynb #942b8c08
+# %% ../../nbs/16_experiment.ipynb #34383042
 def parser() -> argparse.ArgumentParser:
     "The command line of `flowbook_experiment`."
     p = argparse.ArgumentParser(
@@ -68,7 +69,8 @@ def parser() -> argparse.ArgumentParser:
     add('--seeds', type=seeds_arg, metavar='N',
         help='how many (3), or which (4,7); by default what the experiment says')
     add('--out', metavar='DIR', help='folder of the result files (default: nbs/results of the checkout)')
-    add('--again', type=int, nargs='?', const=0, metavar='N', help='run recorded seeds again, one of each result, and compare: of the experiment named, or of N results drawn at random')
+    add('--again', type=int, nargs='?', const=0, metavar='N',
+        help='run recorded seeds again, one of each result, and compare: of the experiment named, or of N results drawn at random')
     add('--force', action='store_true',
         help='run all these seeds anew, and replace a file of another configuration')
     add('--threads', type=int, default=1, metavar='N',

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['best_device', 'join_ranks', 'add_source', 'pick_source', 'open_source', 'can_write', 'pick_extractor', 'Progress',
-           'lasting', 'watched', 'typed', 'as_script', 'parser', 'main', 'cli']
+           'lasting', 'counted_by', 'typed', 'as_script', 'parser', 'main', 'cli']
 
-# %% ../../nbs/16_fid_stats.ipynb #88243f7e
+# %% ../../nbs/16_fid_stats.ipynb #dc549f28
 #| eval: false
-if __name__ == '__main__' and '__file__' in globals() and not __package__: raise SystemExit('run it as a module: python -m flowbook.scripts.fid_stats')
+if __name__ == '__main__' and '__file__' in globals() and not __package__:
+    raise SystemExit('run it as a module: python -m flowbook.scripts.fid_stats')
 
 # %% ../../nbs/16_fid_stats.ipynb #30820951
 import argparse, copy, os, re, sys, time
@@ -18,7 +19,7 @@ from torch import distributed as dist
 from ..data import HELD_OUT, ImageSet, check_device, check_path, load
 from ..metrics import INCEPTION_SHA256, INCEPTION_URL, Extractor, collect, inception_path, make_extractor, ranks, save_statistics
 
-# %% ../../nbs/16_fid_stats.ipynb #ac421c92
+# %% ../../nbs/16_fid_stats.ipynb #ce46d55d
 def best_device(name:str) -> str:
     "'auto' is the GPU, where there is one."
     return name if name != 'auto' else 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
@@ -36,9 +37,11 @@ def join_ranks(device:str) -> tuple: # -> (rank, device of this rank)
 def add_source(add) -> None:
     "The arguments that say which images, and who looks at them."
     add('--data', help='digits, mnist5k, mnist, fashion_mnist, cifar10 or folder (default: folder with --root, else digits where they fit)')
-    add('--root', help='of folder: the images, one subfolder a class, or train and val (test) which have them; of mnist, fashion_mnist, cifar10: where they are kept')
+    add('--root', help='of folder: the images, one subfolder a class, or train and val (test) which have them; of mnist, '
+        'fashion_mnist, cifar10: where they are kept')
     add('--image-size', type=int, help="height and width, pixels (default: the data's own)")
-    add('--held-out', type=float, metavar='SHARE', help=f'of each class of a folder without val or test, as in the training (default: {HELD_OUT:g}; 0: none)')
+    add('--held-out', type=float, metavar='SHARE', help=f'of each class of a folder without val or test, as in the training (default: '
+        f'{HELD_OUT:g}; 0: none)')
     add('--extractor', choices=('auto', 'digits', 'inception'), default='auto',
         help="who looks: the book's judge of digits, or Inception (default: digits for 8x8 digits, else inception)")
     add('--weights', metavar='FILE', help='of Inception, 96 MB (default: FLOWBOOK_INCEPTION)')
@@ -46,26 +49,29 @@ def add_source(add) -> None:
     add('--batch-size', type=int, default=64, help='images at once, on each process (default: %(default)s)')
     add('--device', default='auto', help='auto, cpu, cuda or mps (default: the GPU, where there is one)')
 
-# %% ../../nbs/16_fid_stats.ipynb #3d4d80db
+# %% ../../nbs/16_fid_stats.ipynb #ba075fbd
 def pick_source(a) -> None:
     "--root without --data means a folder; ValueError for an option that would have no effect."
     if a.root is not None and a.data is None: a.data = 'folder'
     if a.root is not None and a.data in ('digits', 'mnist5k'):
-        raise ValueError(f'--root: {a.root} came, but {a.data} comes with the book and nothing would be read from there; leave out --data, or --root')
+        raise ValueError(f'--root: {a.root} came, but {a.data} comes with the book and nothing would be read from there; leave out '
+                         '--data, or --root')
     if a.data == 'folder' and not a.root: raise ValueError('--data folder needs --root: the images, one subfolder a class')
-    if getattr(a, 'held_out', None) is not None and a.data != 'folder': raise ValueError(f'--held-out: {a.held_out:g} came, but it is about a folder of images; give --root, or leave it out')
+    if getattr(a, 'held_out', None) is not None and a.data != 'folder':
+        raise ValueError(f'--held-out: {a.held_out:g} came, but it is about a folder of images; give --root, or leave it out')
 
 def open_source(a, split:str='train') -> ImageSet:
     "The images that the command line names."
     own = {'held_out': a.held_out} if a.data == 'folder' and getattr(a, 'held_out', None) is not None else {}
     return load(a.data, split, a.root, a.image_size, **own)
 
-# %% ../../nbs/16_fid_stats.ipynb #40f14b7b
+# %% ../../nbs/16_fid_stats.ipynb #686ed2b6
 def can_write(path:str, name:str) -> None:
     "ValueError now, rather than after the work, for a file that cannot be written; missing folders are made."
     path = check_path(name, path)
     there = next(p for p in path.absolute().parents if p.exists())
-    if path.is_dir() or not there.is_dir() or not os.access(there, os.W_OK): raise ValueError(f'{name}: {path} is no file that can be written')
+    if path.is_dir() or not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f'{name}: {path} is no file that can be written')
     try: path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise ValueError(f'{name}: {path.parent} cannot be made ({e.strerror})') from None
 
@@ -74,10 +80,11 @@ def pick_extractor(a, shape:tuple, device:str) -> Extractor:
     name = a.extractor if a.extractor != 'auto' else 'digits' if a.data == 'digits' and tuple(shape) == (1, 8, 8) else 'inception'
     if name == 'inception' and not a.weights:
         try: inception_path()
-        except ValueError as e: raise ValueError(f'{e}. In a shell: curl -LO {INCEPTION_URL}; then --weights {INCEPTION_URL.rsplit("/", 1)[1]}') from None
+        except ValueError as e:
+            raise ValueError(f'{e}. In a shell: curl -LO {INCEPTION_URL}; then --weights {INCEPTION_URL.rsplit("/", 1)[1]}') from None
     return make_extractor(name, a.weights, a.sha256, device)
 
-# %% ../../nbs/16_fid_stats.ipynb #fa911f66
+# %% ../../nbs/16_fid_stats.ipynb #494842a1
 class Progress:
     "Says on stderr, on rank 0 and at most every `every` seconds, how many of `total` are done, how quickly, and how long the rest takes."
     def __init__(self, what:str, total:int, every:float=30.):
@@ -89,13 +96,14 @@ class Progress:
         now = time.perf_counter()
         if os.environ.get('RANK', '0') != '0' or now - self.said < self.every or self.done >= self.total: return
         self.said, speed = now, self.done / (now - self.started)
-        print(f'{self.what}: {self.done:,} of {self.total:,}, {speed:.3g} a second, about {lasting((self.total - self.done) / speed)} more', file=sys.stderr, flush=True)
+        print(f'{self.what}: {self.done:,} of {self.total:,}, {speed:.3g} a second, about '
+              f'{lasting((self.total - self.done) / speed)} more', file=sys.stderr, flush=True)
 
 def lasting(seconds:float) -> str:
     "Seconds, for people."
     return f'{seconds:.0f} s' if seconds < 120 else f'{seconds / 60:.0f} minutes' if seconds < 7200 else f'{seconds / 3600:.1f} hours'
 
-def watched(look:Extractor, progress:Progress) -> Extractor:
+def counted_by(look:Extractor, progress:Progress) -> Extractor:
     "The same extractor, which counts the images that it sees."
     seen = copy.copy(look)
     def net(levels):
@@ -128,18 +136,19 @@ def as_script(main, name:str, parser=None) -> None: # parser: a function; its op
     finally:
         if joined(): dist.destroy_process_group()
 
-# %% ../../nbs/16_fid_stats.ipynb #a1ab0700
+# %% ../../nbs/16_fid_stats.ipynb #d6103a0e
 def parser() -> argparse.ArgumentParser:
     "The command line of `flowbook_fid_stats`."
     p = argparse.ArgumentParser('flowbook_fid_stats', description='Keep the statistics of a dataset for FID and sFID (chapter 05).')
     add_source(p.add_argument)
     p.add_argument('--split', choices=('train', 'test'), default='train', help='(default: %(default)s)')
     p.add_argument('--images', '--n', dest='n', type=int, help='take so many images (default: all; under torchrun write --images)')
-    p.add_argument('--features', action='store_true', help='keep the features, too (8 kB an image with Inception): KID, precision and recall need them')
+    p.add_argument('--features', action='store_true',
+                   help='keep the features, too (8 kB an image with Inception): KID, precision and recall need them')
     p.add_argument('--out', required=True, help='the file to write, .safetensors')
     return p
 
-# %% ../../nbs/16_fid_stats.ipynb #3b908a32
+# %% ../../nbs/16_fid_stats.ipynb #362ef64f
 def main(argv=None) -> Path|None:
     "Look at a dataset once, and keep its statistics. Returns the file (on rank 0)."
     a = parser().parse_args(argv)
@@ -151,7 +160,7 @@ def main(argv=None) -> Path|None:
     rank, device = join_ranks(best_device(a.device))
     data, start = open_source(a, a.split), time.perf_counter()
     if rank == 0: print(data, flush=True)
-    look = watched(pick_extractor(a, data.shape, device), Progress('images', min(a.n or len(data), len(data))))
+    look = counted_by(pick_extractor(a, data.shape, device), Progress('images', min(a.n or len(data), len(data))))
     stats = collect(data, look, n=a.n, keep=a.features, batch_size=a.batch_size, device=device)
     if rank: return None
     path = save_statistics(stats, a.out, features=a.features)

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['RECIPES', 'know_passes', 'brief', 'main', 'cli']
 
-# %% ../../nbs/16_remake.ipynb #2b2425ee
+# %% ../../nbs/16_remake.ipynb #2f5cb5d2
 #| eval: false
-if __name__ == '__main__' and '__file__' in globals() and not __package__: raise SystemExit('run it as a module: python -m flowbook.scripts.remake')
+if __name__ == '__main__' and '__file__' in globals() and not __package__:
+    raise SystemExit('run it as a module: python -m flowbook.scripts.remake')
 
-# %% ../../nbs/16_remake.ipynb #e4aa37b0
+# %% ../../nbs/16_remake.ipynb #6ef8c71b
 import argparse, json, sys, time
 from difflib import get_close_matches
 from functools import partial
@@ -32,11 +33,13 @@ RECIPES |= {name: (partial(train_flow, name), f'TARFlow on {c["data"]}, noise {c
                    f'{"with" if c["classes"] else "without"} classes, {c.get("minutes", 2)} minutes') for name, c in FLOWS.items()}
 RECIPES |= {'digits-encoder': (train_digits_encoder, 'a vision encoder of digits, trained without labels, 2 minutes'),
             'digits-encoder-labels': (train_digits_encoder_labels, 'the same trained on the labels, a control, a minute')}
-RECIPES |= {name: (partial(train_aligned_flow, name), f'TARFlow on {c["data"]}, noise {c["sigma"]}, aligned with {c["how"]["encoder"]!r}, {c["minutes"]} minutes')
+RECIPES |= {name: (partial(train_aligned_flow, name),
+                   f'TARFlow on {c["data"]}, noise {c["sigma"]}, aligned with {c["how"]["encoder"]!r}, {c["minutes"]} minutes')
             for name, c in ALIGNED.items()}
 RECIPES |= {DIGITS_VAE: (train_digits_vae, 'an autoencoder of digits, 2 minutes'),
             'digits-simflow': (train_digits_simflow, 'autoencoder and flow of digits, trained together, 2 minutes')}
-RECIPES |= {name: (partial(train_latent_flow, name), f'TARFlow on latents of digits, noise {c["sigma"]}, {c["minutes"]} minutes') for name, c in LATENTS.items()}
+RECIPES |= {name: (partial(train_latent_flow, name),
+                   f'TARFlow on latents of digits, noise {c["sigma"]}, {c["minutes"]} minutes') for name, c in LATENTS.items()}
 
 # %% ../../nbs/16_remake.ipynb #b79e1276
 def know_passes(model):                  # the model itself; its card is another

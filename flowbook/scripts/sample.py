@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['KINDS', 'FLOWS', 'CARD', 'WHICH', 'MOST_IN_A_GRID', 'ATTEMPTS', 'Way', 'Drawn', 'Opened', 'OpenedLatent',
            'OpenedJoint', 'check_card', 'open_model', 'add_way', 'way_of', 'known_noise', 'check_way', 'pick_classes',
-           'class_folder', 'write_png', 'write_tensors', 'difference', 'Place', 'agreed', 'grid_columns', 'parser',
-           'broken', 'redrawn', 'main', 'shown_again', 'summary', 'cli']
+           'class_folder', 'write_png', 'write_tensors', 'typed_difference', 'Place', 'agreed', 'grid_columns',
+           'parser', 'broken', 'drawn_again', 'main', 'shown_again', 'summary', 'cli']
 
-# %% ../../nbs/16_sample.ipynb #7cd9d473
+# %% ../../nbs/16_sample.ipynb #ab21ae9a
 #| eval: false
-if __name__ == '__main__' and '__file__' in globals() and not __package__: raise SystemExit('run it as a module: python -m flowbook.scripts.sample')
+if __name__ == '__main__' and '__file__' in globals() and not __package__:
+    raise SystemExit('run it as a module: python -m flowbook.scripts.sample')
 
-# %% ../../nbs/16_sample.ipynb #b6aa5ba5
+# %% ../../nbs/16_sample.ipynb #cf134d20
 import argparse, io, json, os, re, time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -20,7 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from ..data import check_choice, check_device, check_number, check_tensor, check_whole, from_levels, keyed, read_image, read_json, replace_bytes, save_images, to_levels
+from ..data import (check_choice, check_device, check_number, check_tensor, check_whole, from_levels, keyed, read_image,
+                           read_json, replace_bytes, save_images, to_levels)
 from ..denoise import denoise
 from ..flows import find_pretrained
 from ..guidance import SCHEDULES, ClassGuidance, Guidance, StarGuidance, TemperatureGuidance, check_weight, score_guidance
@@ -32,8 +34,9 @@ from ..simflow import AdaTarFlow, DrawNoise, SimFlow
 from ..tarflow import TarFlow
 from ..train import Dequantize, GaussianNoise
 
-# %% ../../nbs/16_sample.ipynb #faf73662
-# Axis legend of this module: b batch, n tokens, d numbers in a token, c h w image or latent. Samples have numbers, 0, 1, ...: `index` (b,) holds those of a batch.
+# %% ../../nbs/16_sample.ipynb #a3495041
+# Axis legend of this module: b batch, n tokens, d numbers in a token, c h w image or latent.
+# Samples have numbers, 0, 1, ...: `index` (b,) holds those of a batch.
 
 # %% ../../nbs/16_sample.ipynb #2703c4d7
 KINDS = {'none': lambda w, tau, schedule: Guidance(), 'class': lambda w, tau, schedule: ClassGuidance(w, schedule),
@@ -56,7 +59,7 @@ class Way:
         check_weight(self.w, self.schedule)
         return KINDS[self.guidance](self.w, self.tau, self.schedule)
 
-# %% ../../nbs/16_sample.ipynb #e1f46b6e
+# %% ../../nbs/16_sample.ipynb #436f1a5b
 class Drawn(NamedTuple):
     "A batch of samples, at three stages."
     z: Tensor                            # (b, n, d) what was drawn
@@ -71,15 +74,21 @@ class Opened:
         self.image_shape, self.classes = tuple(model.image_shape), self.flow.classes
 
     @property
-    def card(self) -> dict: return self.flow.card
-    def decode(self, x:Tensor) -> Tensor: return x
+    def card(self) -> dict:
+        "What is known about the model: noise, names of classes, how to sample."
+        return self.flow.card
+    def decode(self, x:Tensor) -> Tensor:
+        "From what the flow makes to images."
+        return x
     def seen(self, noise, levels:int) -> list: # transforms of batches of images
         "From clean images to what the flow saw in training, under the noise 'uniform' or a sigma."
         return [Dequantize(levels) if noise == 'uniform' else GaussianNoise(noise)]
 
-    def draw(self, index:Tensor, y, way:Way=Way(), seed:int=0, solver='sequential', sigma=None, dtype=None, attempt:int=0) -> Drawn: # y (b,) or None; attempt: other latents for the same numbers
+    # y (b,) or None; attempt: other latents for the same numbers
+    def draw(self, index:Tensor, y, way:Way=Way(), seed:int=0, solver='sequential', sigma=None, dtype=None, attempt:int=0) -> Drawn:
         "The samples with these numbers: drawn, inverted with guidance, moved along the scores, denoised, decoded."
-        check_tensor('index', index, 'b', 'integers', 'the numbers of samples'); check_whole('seed', seed, 0); check_whole('attempt', attempt, 0)
+        check_tensor('index', index, 'b', 'integers', 'the numbers of samples'); check_whole('seed', seed, 0); check_whole('attempt',
+            attempt, 0)
         if not isinstance(way, Way): raise ValueError(f'way: {type(way).__name__} came, must be a Way')
         if way.denoise: check_number('sigma', sigma, 0, what='the noise that is to be removed')
         like, scale = next(self.flow.parameters()), torch.as_tensor(self.flow.prior_var).detach().sqrt()
@@ -90,32 +99,49 @@ class Opened:
         if way.denoise: x = denoise(self.flow, x, sigma, y)
         return Drawn(z, x, self.decode(x))
 
-# %% ../../nbs/16_sample.ipynb #57b85f98
+# %% ../../nbs/16_sample.ipynb #04a38b63
 class OpenedLatent(Opened):
     "A flow over the latents of a frozen VAE. Chapter 12."
     counts = 'latents'
-    def decode(self, x): return self.model.decode(x.nan_to_num(0.))
-    def seen(self, noise, levels): return [Encode(self.model.vae), GaussianNoise(noise)]
+    def decode(self, x):
+        "Latents to images."
+        return self.model.decode(x.nan_to_num(0.))
+    def seen(self, noise, levels):
+        "From clean images to noisy latents."
+        return [Encode(self.model.vae), GaussianNoise(noise)]
     @torch.no_grad()
-    def reconstruct(self, x): return self.decode(self.model.encode(x, sample=False)) # (b, c, h, w), from the posterior's mean
+    def reconstruct(self, x):            # (b, c, h, w)
+        "Images through the autoencoder, from the posterior's mean."
+        return self.decode(self.model.encode(x, sample=False))
 
 class OpenedJoint(Opened):
     "A SimFlow: its decoder was trained on noisy latents, so that nothing is to be denoised. Chapter 13."
     counts = 'latents'
     @property
-    def card(self): return self.model.card
+    def card(self):
+        "What is known about the model."
+        return self.model.card
     @property
-    def own_noise(self): return repr(self.model.posterior)
+    def own_noise(self):
+        "The posterior, whose noise is part of the model."
+        return repr(self.model.posterior)
     @torch.no_grad()
-    def decode(self, x): return self.model.decode(x.nan_to_num(0.))
-    def seen(self, noise, levels): return [DrawNoise(self.model.posterior.draws(self.model.N)), self.perturbed]
-    def reconstruct(self, x): return self.model.reconstruct(x)
+    def decode(self, x):
+        "Latents to images."
+        return self.model.decode(x.nan_to_num(0.))
+    def seen(self, noise, levels):
+        "From clean images to the latents that the posterior draws."
+        return [DrawNoise(self.model.posterior.draws(self.model.N)), self.perturbed]
+    def reconstruct(self, x):            # (b, c, h, w)
+        "Images through encoder and decoder, from the mean."
+        return self.model.reconstruct(x)
     @torch.no_grad()
-    def perturbed(self, batch): # images and the numbers for their noise -> noisy latents
+    def perturbed(self, batch):
+        "Images and the numbers for their noise to noisy latents: a transform."
         like = next(self.model.parameters())
         return batch._replace(x=self.model.latent(batch.x.to(like), batch.target.to(like)).x.cpu(), target=None)
 
-# %% ../../nbs/16_sample.ipynb #28bdafcd
+# %% ../../nbs/16_sample.ipynb #a55c2ea6
 FLOWS = {k.__name__: k for k in (TarFlow, LatentTarFlow, AdaTarFlow)}
 
 CARD = {'sample': dict, 'config': dict, 'class_names': list, 'vae_name': str, 'vae': str}
@@ -123,33 +149,42 @@ CARD = {'sample': dict, 'config': dict, 'class_names': list, 'vae_name': str, 'v
 def check_card(card:dict, path, classes:int) -> None:
     "ValueError, by its file, for what a card cannot say: it may be damaged, or come from anywhere."
     for key, kind in CARD.items():
-        if card.get(key) is not None and not isinstance(card[key], kind): raise ValueError(f'{path}: {key}: {type(card[key]).__name__} came, must be a {kind.__name__}')
+        if card.get(key) is not None and not isinstance(card[key], kind):
+            raise ValueError(f'{path}: {key}: {type(card[key]).__name__} came, must be a {kind.__name__}')
     names = card.get('class_names') or []
-    if names and len(names) != classes or not all(isinstance(n, (str, int)) for n in names): raise ValueError(f'{path}: class_names: {len(names)} came, must be {classes} names, one a class, or none')
+    if names and len(names) != classes or not all(isinstance(n, (str, int)) for n in names):
+        raise ValueError(f'{path}: class_names: {len(names)} came, must be {classes} names, one a class, or none')
 
 def open_model(name,                 # a folder of save_pretrained or of a run, a checkpoint of the book, or `owner/name` on the hub
                device='cpu',
-               vae=None) -> Opened:  # of a flow over latents: a folder or a name for `load_vae`; None: the one saved beside it, or named by its card
+               # of a flow over latents: a folder or a name for `load_vae`; None: the one saved beside it, or named by its card
+               vae=None) -> Opened:
     "Any checkpoint of the library, as one object that draws images."
     for k, v in (('name', name), ('vae', vae)):
-        if not isinstance(v, (str, os.PathLike)) and not (k == 'vae' and isinstance(v, (Vae, type(None)))): raise ValueError(f'{k}: {v!r} came, must be a folder, or the name of a checkpoint')
+        if not isinstance(v, (str, os.PathLike)) and not (k == 'vae' and isinstance(v, (Vae, type(None)))):
+            raise ValueError(f'{k}: {v!r} came, must be a folder, or the name of a checkpoint')
     check_device('device', device, here=False)
     folder = find_pretrained(name)
     if not (folder/'config.json').exists() and (folder/'model'/'config.json').exists(): folder = folder/'model' # a run of chapter 15
-    if not (folder/'config.json').exists(): raise ValueError(f'checkpoint: {name} holds no config.json; give a folder that save_pretrained wrote, or the one of a run that has saved')
+    if not (folder/'config.json').exists():
+        raise ValueError(f'checkpoint: {name} holds no config.json; give a folder that save_pretrained wrote, or the one of a run that '
+                         'has saved')
     config, card = (read_json(folder/f) if (folder/f).exists() else {} for f in ('config.json', 'card.json'))
-    kind, size = str(config.get('_class_name', 'model without a name')), config.get('flow', config) if isinstance(config.get('flow'), dict) else config
+    kind, size = str(config.get('_class_name', 'model without a name')), config.get('flow', config) if isinstance(config.get('flow'),
+        dict) else config
     if kind in (*FLOWS, 'SimFlow'): check_card(card, folder/'card.json', size.get('classes', 0))
     over_latents = vae is not None or (folder/'vae').is_dir() or 'vae' in card or 'vae_name' in card
     if kind == 'SimFlow' and vae is None: return OpenedJoint(SimFlow.from_pretrained(folder, device), str(name))
     if kind == 'SimFlow': raise ValueError(f'--vae: {vae} came, but a SimFlow has its own encoder and decoder; leave it out')
-    if kind not in FLOWS: raise ValueError(f'checkpoint: {name} holds a {kind}, which draws no images; give a {", ".join(FLOWS)} or SimFlow')
+    if kind not in FLOWS:
+        raise ValueError(f'checkpoint: {name} holds a {kind}, which draws no images; give a {", ".join(FLOWS)} or SimFlow')
     if over_latents: return OpenedLatent(LatentFlow.from_pretrained(folder, vae, device), str(name))
     if config.get('channels') not in (1, 3):
-        raise ValueError(f'checkpoint: {name} holds a {kind} of {config.get("channels")} channels, no image has so many; are they latents? Then give their VAE by --vae')
+        raise ValueError(f'checkpoint: {name} holds a {kind} of {config.get("channels")} channels, no image has so many; are they '
+                         'latents? Then give their VAE by --vae')
     return Opened(FLOWS[kind].from_pretrained(folder, device), str(name))
 
-# %% ../../nbs/16_sample.ipynb #0152a11d
+# %% ../../nbs/16_sample.ipynb #53017ee3
 def add_way(add) -> None:
     "The arguments that say how to draw; what is left out, the card says."
     add('--guidance', choices=tuple(KINDS), help='of the samples, chapter 08 (default: what the card says, or none)')
@@ -157,11 +192,14 @@ def add_way(add) -> None:
     add('--tau', type=float, help='of temperature guidance (default: what the card says, or 2)')
     add('--schedule', choices=tuple(SCHEDULES), help='of the weight over positions (default: what the card says, or constant)')
     add('--gamma', type=float, help='step along the difference of scores, SimFlow Eq. 6, 0.25 there (default: what the card says, or 0)')
-    add('--denoise', action=argparse.BooleanOptionalAction, help='remove the noise that the flow was trained with, chapter 07 (default: what the card says, or not)')
+    add('--denoise', action=argparse.BooleanOptionalAction,
+        help='remove the noise that the flow was trained with, chapter 07 (default: what the card says, or not)')
     # 'auto' may find another solver in each process, and so other last digits: one and eight processes are to agree
     add('--solver', type=lambda v: int(v) if v.isdigit() else v, default='sequential',
-        help="of the inversion, chapter 09: 'sequential', 'gauss-seidel', 'jacobi', a window of tokens, or 'auto' for the quickest (default: %(default)s)")
-    add('--dtype', choices=('float32', 'bfloat16'), default='float32', help='of the network while it inverts; tokens keep float32 (default: %(default)s)')
+        help="of the inversion, chapter 09: 'sequential', 'gauss-seidel', 'jacobi', a window of tokens, or 'auto' for the quickest "
+        "(default: %(default)s)")
+    add('--dtype', choices=('float32', 'bfloat16'), default='float32',
+        help='of the network while it inverts; tokens keep float32 (default: %(default)s)')
     add('--noise', help="that the model was trained with: a sigma, or 'uniform' (default: what the card of the checkpoint says)")
     add('--vae', help='of a flow over latents: a folder or a name (default: the one beside it, or the one that the card names)')
     add('--seed', type=int, default=0, help='of the samples (default: %(default)s)')
@@ -172,7 +210,9 @@ def way_of(a, card:dict) -> Way:
     "How to draw: the command line, then the card, then nothing."
     own, names = card.get('sample') or {}, [f.name for f in fields(Way)]
     if not isinstance(own, dict): raise ValueError(f"card: it says {type(own).__name__} under 'sample', must be a dictionary")
-    if odd := set(own) - {*names, 'n'}: raise ValueError(f"checkpoint: its card says {', '.join(sorted(odd))} under 'sample', which nobody here understands; {', '.join(names)} are known")
+    if odd := set(own) - {*names, 'n'}:
+        raise ValueError(f"checkpoint: its card says {', '.join(sorted(odd))} under 'sample', which nobody here understands; "
+                         f"{', '.join(names)} are known")
     own = {k: v for k, v in own.items() if k in names and v is not None}
     given = {k: v for k in names if (v := getattr(a, k)) is not None}
     if given.get('guidance', own.get('guidance')) != own.get('guidance'): own = {k: v for k, v in own.items() if k not in WHICH}
@@ -182,24 +222,30 @@ def way_of(a, card:dict) -> Way:
     way.made()
     return way
 
-# %% ../../nbs/16_sample.ipynb #96701dea
+# %% ../../nbs/16_sample.ipynb #42eb2c54
 def known_noise(card:dict, given=None): # 'uniform', a sigma, or None
     "The noise that a model was trained with: what was given, or what its card says."
     noise = given if given is not None else card.get('noise', card.get('sigma'))
     if noise is None or noise == 'uniform': return noise
     try: return check_number('noise', float(noise) if isinstance(noise, str) else noise, 0)
-    except ValueError: raise ValueError(f"--noise: {noise!r:.60} {'came' if given is not None else 'is what the card of the checkpoint says'}; give a sigma of 0 or more, or 'uniform'") from None
+    except ValueError:
+        raise ValueError(f"--noise: {noise!r:.60} {'came' if given is not None else 'is what the card of the checkpoint says'}; give a "
+                         "sigma of 0 or more, or 'uniform'") from None
 
 def check_way(model:Opened, way:Way, noise, solver, labelled:bool=True) -> None:
     "ValueError for a way that this model cannot go."
     flow, y = model.flow, torch.zeros(1, dtype=torch.long) if model.classes and labelled else None
     way.made().check(flow, y)
-    if way.gamma and y is None: raise ValueError(f'--gamma: {way.gamma} compares with and without a class, and {"none is asked for" if model.classes else "this flow has none"}; leave it out')
-    if way.denoise and isinstance(model, OpenedJoint): raise ValueError('--denoise: the decoder of a SimFlow was trained on noisy latents, there is nothing to remove; leave it out')
-    if way.denoise and not isinstance(noise, float): raise ValueError(f'--denoise: the noise of this model is {noise or "not on its card"}; give its sigma by --noise')
+    if way.gamma and y is None:
+        raise ValueError(f'--gamma: {way.gamma} compares with and without a class, and '
+                         f'{"none is asked for" if model.classes else "this flow has none"}; leave it out')
+    if way.denoise and isinstance(model, OpenedJoint):
+        raise ValueError('--denoise: the decoder of a SimFlow was trained on noisy latents, there is nothing to remove; leave it out')
+    if way.denoise and not isinstance(noise, float):
+        raise ValueError(f'--denoise: the noise of this model is {noise or "not on its card"}; give its sigma by --noise')
     if solver != 'auto': windows_of(flow, solver, 1, None, way.made(), 1e-5)
 
-# %% ../../nbs/16_sample.ipynb #f25834b2
+# %% ../../nbs/16_sample.ipynb #2f847cd1
 def pick_classes(text:str|None, model:Opened) -> list: # of labels, [None] without classes
     "The labels that samples get in turn: all of them, or '3,7', or 'cat,dog'; -1 is no label."
     names = list(model.card.get('class_names') or [])
@@ -211,8 +257,12 @@ def pick_classes(text:str|None, model:Opened) -> list: # of labels, [None] witho
     def one(word):
         if re.fullmatch(r'-?[0-9]{1,9}', word): label = int(word)
         elif word in names: label = names.index(word)
-        else: raise ValueError(f'--classes: {word!r:.60} is no class; ' + (f'choose of {", ".join(names[:20])}{", ..." * (len(names) > 20)}' if names else f'give numbers, 0 to {model.classes - 1}'))
-        if not -1 <= label < model.classes: raise ValueError(f'--classes: {label}; this flow has the classes 0 to {model.classes - 1}, and -1 for no class')
+        else:
+            raise ValueError(f'--classes: {word!r:.60} is no class; '
+                             + (f'choose of {", ".join(names[:20])}{", ..." * (len(names) > 20)}' if names
+                                else f'give numbers, 0 to {model.classes - 1}'))
+        if not -1 <= label < model.classes:
+            raise ValueError(f'--classes: {label}; this flow has the classes 0 to {model.classes - 1}, and -1 for no class')
         return label
     return [one(word.strip()) for word in text.split(',')]
 
@@ -220,29 +270,32 @@ def class_folder(model:Opened, label) -> str:
     "The name of the folder for samples of a class."
     if label is None: return 'samples'
     if label == -1: return 'no class'
-    clean = lambda name: re.sub(r'[/\\\0]', '-', str(name)).lstrip('. ')[:100]              # a card may say anything: no way out of the folder
+    # a card may say anything: no way out of the folder
+    clean = lambda name: re.sub(r'[/\\\0]', '-', str(name)).lstrip('. ')[:100]
     names = list(map(clean, model.card.get('class_names') or range(model.classes)))
     return (names[label] if names.count(names[label]) == 1 else f'{label} {names[label]}') or str(label)
 
-# %% ../../nbs/16_sample.ipynb #b57cedf9
+# %% ../../nbs/16_sample.ipynb #b3e4dc6d
 def write_png(x:Tensor, path:Path) -> None: # (c, h, w); what is no number becomes grey
     "One image, pixel for pixel."
     from PIL import Image
     v = to_levels(x.nan_to_num(0., 1., -1.), 256).cpu()
     image = Image.fromarray((v[0] if len(v) == 1 else v.permute(1, 2, 0).contiguous()).numpy())
     image.save(content := io.BytesIO(), 'PNG')
-    replace_bytes(path, content.getvalue(), flush=False)                         # thousands of small ones: a flush each would take longer than the drawing
+    # thousands of small ones: a flush each would take longer than the drawing
+    replace_bytes(path, content.getvalue(), flush=False)
 
 def write_tensors(tensors:dict, path:Path) -> None:
     "Tensors of one sample, as safetensors."
     from safetensors.torch import save
     replace_bytes(path, save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}), flush=False)
 
-def difference(odd:list, old:dict, new:dict) -> str:
+def typed_difference(odd:list, old:dict, new:dict) -> str:
     "In which option two calls differ, as it is typed."
     if on := {'denoise', 'redraw'} & set(odd):
         k = sorted(on)[0]
-        return f'that were drawn with --{k}, and this call is without' if old.get(k) else f'that were drawn without --{k}, and this call is with it'
+        return (f'that were drawn with --{k}, and this call is without' if old.get(k)
+                else f'that were drawn without --{k}, and this call is with it')
     return f'with {odd[0]} {old.get(odd[0])!r}, not {new.get(odd[0])!r}'
 
 @dataclass(frozen=True)
@@ -251,10 +304,15 @@ class Place:
     folder: Path
     tensors: tuple = ()                  # of 'images', 'latents', 'z': kept as safetensors, too
 
-    def file(self, i:int, name:str, kind:str='png') -> Path: return self.folder/name/f'{i:06d}.{kind}'
-    def done(self, i:int, name:str) -> bool: return self.file(i, name).exists() and (not self.tensors or self.file(i, name, 'safetensors').exists())
+    def file(self, i:int, name:str, kind:str='png') -> Path:
+        "Where sample i of a class lies."
+        return self.folder/name/f'{i:06d}.{kind}'
+    def done(self, i:int, name:str) -> bool:
+        "Is sample i there, whole?"
+        return self.file(i, name).exists() and (not self.tensors or self.file(i, name, 'safetensors').exists())
 
     def put(self, i:int, name:str, drawn:Drawn, k:int) -> None: # k: its place in the batch
+        "Write sample i."
         self.file(i, name).parent.mkdir(parents=True, exist_ok=True)
         if self.tensors: write_tensors({t: getattr(drawn, t)[k] for t in self.tensors}, self.file(i, name, 'safetensors'))
         write_png(drawn.images[k], self.file(i, name))                           # last: `load('folder')` sees whole samples only
@@ -264,7 +322,8 @@ class Place:
         path = self.folder/'samples.json'
         old, new = read_json(path) if path.exists() else {}, json.loads(json.dumps(what))
         if old and (odd := [k for k in {**old, **new} if old.get(k) != new.get(k)]):
-            raise ValueError(f'--out: {self.folder} holds samples {difference(odd, old, new)}; take another folder, or delete this one')
+            raise ValueError(f'--out: {self.folder} holds samples {typed_difference(odd, old, new)}; take another folder, or delete '
+                             'this one')
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_bytes(path, (json.dumps(new, indent=2) + '\n').encode())
 
@@ -284,7 +343,7 @@ def grid_columns(k:int) -> int:
     "Columns of a grid in which k classes take turns: each column one class, where that is not too wide."
     return k * (10 // k) if k <= 10 else k if k <= 20 else 10
 
-# %% ../../nbs/16_sample.ipynb #d8a5694f
+# %% ../../nbs/16_sample.ipynb #ff087b23
 MOST_IN_A_GRID, ATTEMPTS = 100, 10
 
 def parser() -> argparse.ArgumentParser:
@@ -296,9 +355,11 @@ def parser() -> argparse.ArgumentParser:
     add('--samples', '--n', dest='n', type=int, default=100, help='how many (default: %(default)s; under torchrun write --samples)')
     add('--out', help='a folder: single PNGs, one subfolder a class; what is there already is not drawn again')
     add('--grid', metavar='PNG', help=f'the first {MOST_IN_A_GRID} samples as one picture (default: samples.png, where there is no --out)')
-    add('--tensors', default='', help="with --out, also as safetensors: of 'images', 'latents' (before the decoder) and 'z' (before the flow), with commas")
+    add('--tensors', default='', help="with --out, also as safetensors: of 'images', 'latents' (before the decoder) and 'z' (before "
+        "the flow), with commas")
     add('--classes', help='numbers or names, with commas, in turn; -1: without a class (default: all)')
-    add('--redraw', action='store_true', help=f'draw broken samples (values that are no numbers) again, each up to {ATTEMPTS} times (default: they stay, and are grey)')
+    add('--redraw', action='store_true', help=f'draw broken samples (values that are no numbers) again, each up to {ATTEMPTS} times '
+        '(default: they stay, and are grey)')
     add_way(add)
     add('--batch-size', type=int, default=64, help='samples at once, on each process (default: %(default)s)')
     add('--device', default='auto', help='auto, cpu, cuda or mps (default: the GPU, where there is one)')
@@ -308,7 +369,7 @@ def broken(x:Tensor) -> Tensor: # (b, c, h, w) -> (b,) bool
     "Samples with a value that is no finite number."
     return ~x.isfinite().flatten(1).all(1)
 
-def redrawn(drawn:Drawn, again, wanted:Tensor) -> Drawn: # again: (places in the batch, attempt) -> Drawn; wanted (b,) bool
+def drawn_again(drawn:Drawn, again, wanted:Tensor) -> Drawn: # again: (places in the batch, attempt) -> Drawn; wanted (b,) bool
     "The batch, its broken samples drawn again with other latents until they are whole, at most ATTEMPTS times."
     for attempt in range(1, ATTEMPTS + 1):
         bad = (broken(drawn.latents).cpu() & wanted).nonzero()[:, 0]
@@ -316,7 +377,7 @@ def redrawn(drawn:Drawn, again, wanted:Tensor) -> Drawn: # again: (places in the
         drawn = Drawn(*(t.index_copy(0, bad.to(t.device), new) for t, new in zip(drawn, again(bad, attempt))))
     return drawn
 
-# %% ../../nbs/16_sample.ipynb #da1c9273
+# %% ../../nbs/16_sample.ipynb #b9e0be22
 def main(argv=None) -> dict:
     """Draw images from a checkpoint; returns what was done.
 
@@ -339,7 +400,8 @@ All of them draw the same images; stopped, the same command goes on where it was
     if odd := set(tensors) - set(Drawn._fields): raise ValueError(f'--tensors: {sorted(odd)[0]!r}; choose of {", ".join(Drawn._fields)}')
     if tensors and not a.out: raise ValueError('--tensors: they are files of a folder; give --out')
     if not a.out and not a.grid: a.grid = 'samples.png'
-    if a.n > MOST_IN_A_GRID and not a.out: raise ValueError(f'--samples: a grid shows {MOST_IN_A_GRID}, {a.n} were asked for; give --out for a folder of single images')
+    if a.n > MOST_IN_A_GRID and not a.out:
+        raise ValueError(f'--samples: a grid shows {MOST_IN_A_GRID}, {a.n} were asked for; give --out for a folder of single images')
 
     rank, device = join_ranks(best_device(a.device))
     model = open_model(a.checkpoint, device, a.vae)
@@ -352,19 +414,21 @@ All of them draw the same images; stopped, the same command goes on where it was
     folder = lambda i: names[i % len(names)]
     def missing():                                          # numbers of the samples that are to be drawn
         if not a.out: return list(range(a.n))
-        place.claim({'checkpoint': fingerprint(model.model), 'classes': names, 'seed': a.seed, 'dtype': a.dtype, 'noise': noise if way.denoise else None, **asdict(way), **({'redraw': True} if a.redraw else {})})
+        place.claim({'checkpoint': fingerprint(model.model), 'classes': names, 'seed': a.seed, 'dtype': a.dtype,
+                     'noise': noise if way.denoise else None, **asdict(way), **({'redraw': True} if a.redraw else {})})
         return [i for i in range(a.n) if not place.done(i, folder(i))]
 
     todo, started = agreed(missing, a.n, rank, device), time.perf_counter()
     mine, kept, lost, dtype = torch.arange(a.n)[rank::ranks()], [], 0, getattr(torch, a.dtype) if a.dtype != 'float32' else None
     said = Progress('samples', len(todo))
-    for index in mine.split(a.batch_size) if a.n else ():    # in the batches of a first run: another composition would round its last digits otherwise
+    # in the batches of a first run: another composition would round its last digits otherwise
+    for index in mine.split(a.batch_size) if a.n else ():
         new = torch.isin(index, todo)
         if not new.any(): continue
         y = None if labels[0] is None else torch.tensor([labels[i % len(labels)] for i in index.tolist()])
         again = lambda k, attempt: model.draw(index[k], None if y is None else y[k], way, a.seed, a.solver, noise, dtype, attempt)
         drawn = again(torch.arange(len(index)), 0)
-        if a.redraw: drawn = redrawn(drawn, again, new)
+        if a.redraw: drawn = drawn_again(drawn, again, new)
         lost += int(broken(drawn.latents)[new.to(drawn.latents.device)].sum())
         if a.out:
             for k in new.nonzero()[:, 0].tolist(): place.put(int(index[k]), folder(int(index[k])), drawn, k)
@@ -378,12 +442,13 @@ All of them draw the same images; stopped, the same command goes on where it was
             images = torch.cat(kept) if kept else torch.empty(0, *model.image_shape, device=device)
             if ranks() > 1: images = gathered(images)
         if rank == 0: save_images(images, a.grid, grid_columns(len(labels)))
-    out = {'checkpoint': str(a.checkpoint), 'kind': type(model.model).__name__, 'samples': a.n, 'drawn': len(todo), 'broken': int(counts), 'way': asdict(way),
+    out = {'checkpoint': str(a.checkpoint), 'kind': type(model.model).__name__, 'samples': a.n, 'drawn': len(todo),
+           'broken': int(counts), 'way': asdict(way),
            'seconds': time.perf_counter() - started, 'ranks': ranks()}
     if rank == 0: print(summary(out, a, way))
     return out
 
-# %% ../../nbs/16_sample.ipynb #36773d25
+# %% ../../nbs/16_sample.ipynb #b19429f1
 def shown_again(place:Place, model:Opened, files:list) -> Tensor: # (b, c, h, w) in [-1, 1]
     "The images that lie in a folder, as they were written."
     return torch.stack([from_levels(read_image(place.file(*f)), 256)[:model.image_shape[0]] for f in files])
@@ -392,8 +457,11 @@ def summary(out:dict, a, way:Way) -> str:
     "What `main` did, for people."
     how = [repr(way.made())] * (way.guidance != 'none') + [f'gamma {way.gamma}'] * bool(way.gamma) + ['denoised'] * way.denoise
     there = out['samples'] - out['drawn']
-    lines = [f'{out["checkpoint"]} ({out["kind"]}): {out["drawn"]:,} samples in {out["seconds"]:.1f} s on {out["ranks"]} process{"es" * (out["ranks"] > 1)}, {", ".join(how) or "as they come"}'
-             + (f'; {there:,} were there already' if there else '') + (f'; {out["broken"]:,} are broken (values that are no numbers) and grey' + '; --redraw draws such again' * (not a.redraw) if out['broken'] else '')]
+    lines = [f'{out["checkpoint"]} ({out["kind"]}): {out["drawn"]:,} samples in {out["seconds"]:.1f} s on {out["ranks"]} '
+             f'process{"es" * (out["ranks"] > 1)}, {", ".join(how) or "as they come"}'
+             + (f'; {there:,} were there already' if there else '')
+             + (f'; {out["broken"]:,} are broken (values that are no numbers) and grey'
+                + '; --redraw draws such again' * (not a.redraw) if out['broken'] else '')]
     return '\n'.join(lines + [f'wrote {p}' for p in (a.out, a.grid) if p])
 
 def cli() -> None:
