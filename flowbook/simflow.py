@@ -26,7 +26,7 @@ from .classify import check_data
 from .data import batches, check_choice, check_device, check_number, check_tensor, check_whole, load
 from .evidence import EXPERIMENTS, Verdict, all_of, compare, experiment, identity, lower, summary
 from .flows import Pretrained, check_y, normal_log_prob, shake, zero_
-from .guidance import Guidance, StarGuidance, score_guidance
+from .guidance import Guidance, StarGuidance, score_guidance, value_at
 from .metrics import agreement, collect, digit_classifier, evaluate, lpips, reconstruction
 from .repa import alignment_loss, check_strategy, few_words, shrunk
 from .sampling import FAST, HEADS, FastLayer, anatomy, labels_of, sample, samples, weights_of
@@ -851,7 +851,7 @@ def halfway(model:SimFlow, image:Tensor, y:Tensor, reference) -> dict:
 # %% ../nbs/13_simflow.ipynb #937ca469
 def judge_robust(results):
     "The verdicts on S6 and S7: VAEs trained alone, and the same variance alone and end to end."
-    get = lambda name, *keys: [_at(r[name], keys) for r in results]
+    get = lambda name, *keys: [value_at(r[name], keys) for r in results]
     clean, *_, most = results[0]['vae, fixed']['psnr']
     lost = lambda name: [a - b for a, b in zip(get(name, 'psnr', clean), get(name, 'psnr', most))]
     side = lambda name, k, sign: [sign * v for v in get(name, 'statistics', k)]
@@ -868,9 +868,7 @@ def judge_robust(results):
                 lower(lost('vae, fixed'), lost('vae, learned'), (f'PSNR lost by noise {most}: fixed', 'learned'), 'dB'))
     return {'S6': Verdict(s6.state, f'{s6.reason}; not judged: {lines}'), 'S7': Verdict(s7.state, s7.reason + beside)}
 
-def _at(d, keys):
-    for k in keys: d = d[k]
-    return d
+
 
 # %% ../nbs/13_simflow.ipynb #68fb25a8
 @experiment('simflow_robust', claims=('S6', 'S7'), verdict=judge_robust, seeds={'smoke': 1, 'laptop': 5, 'gpu': 5},
