@@ -34,7 +34,7 @@ from .tarflow import TarFlow
 # `dim` is the width of a Transformer.
 # `c` alone is a configuration, `f` its flow, `a` its alignment.
 
-# %% ../nbs/14_configs.ipynb #5801d3c5
+# %% ../nbs/14_configs.ipynb #2c91c8ea
 def checked(name:str, value, kind, choices=(), least=None, most=2**53): # beyond which a float loses whole numbers
     "`value` as the field `name` wants it (lists become tuples, whole numbers floats); ValueError, by name, for anything else."
     kinds = typing.get_args(kind) or (kind,)
@@ -60,6 +60,7 @@ def of(default=dataclasses.MISSING, *choices, **ends): # ends: least, most
     "A field with what it may be."
     return field(default=default, metadata={'choices': choices, **ends})
 
+# %% ../nbs/14_configs.ipynb #fc7734e9
 class Section:
     "The base of all parts of a configuration: every field is checked when it is made."
     part = ''                            # its name in a configuration, where that is not the class's
@@ -68,7 +69,7 @@ class Section:
             value = checked(f'{self.part or type(self).__name__.lower()}.{f.name}', getattr(self, f.name), f.type, **f.metadata)
             object.__setattr__(self, f.name, value)
 
-# %% ../nbs/14_configs.ipynb #05eee86b
+# %% ../nbs/14_configs.ipynb #1efaf1ad
 @dataclass(frozen=True)
 class Data(Section):
     "The images."
@@ -84,6 +85,7 @@ class Data(Section):
     held_out: float = of(HELD_OUT, least=0) # share of each class kept for testing, where the folder has no val; 0: none
     latents: str|None = None         # where `cache_latents` keeps its shards
 
+# %% ../nbs/14_configs.ipynb #e04b74da
 @dataclass(frozen=True)
 class FlowShape(Section):
     "The flow: P-Ch-T-K of TARFlow."
@@ -110,13 +112,14 @@ class FlowShape(Section):
         "Numbers in a token."
         return self.channels * self.patch_size**2
 
+# %% ../nbs/14_configs.ipynb #05ca64b5
 @dataclass(frozen=True)
 class Noise(Section):
     "What is added to the flow's input."
     kind: str = of('gaussian', 'gaussian', 'uniform', 'none') # uniform: dequantization
     sigma: float = of(.05, least=0)  # of the Gaussian noise
 
-# %% ../nbs/14_configs.ipynb #7d9e5a86
+# %% ../nbs/14_configs.ipynb #399c6553
 @dataclass(frozen=True)
 class Align(Section):
     "Representation alignment: R-REPA, and REPA-E in SimFlow."
@@ -131,6 +134,7 @@ class Align(Section):
         "(block, layer), as the strategies of chapter 11 take them."
         return tuple((t, self.layer) for t in self.blocks)
 
+# %% ../nbs/14_configs.ipynb #acf1af1b
 @dataclass(frozen=True)
 class JointVae(Section):
     "A VAE that is trained with the flow: SimFlow."
@@ -146,6 +150,7 @@ class JointVae(Section):
     critic: tuple = (64, 3)          # width and levels of `PatchCritic`
     before: int = of(0, least=0)     # steps of a VAE alone, where the variant freezes it
 
+# %% ../nbs/14_configs.ipynb #3791ee06
 @dataclass(frozen=True)
 class Optim(Section):
     "AdamW and its schedule; give `steps` or `epochs`."
@@ -194,10 +199,11 @@ class Result(Section):
     note: str = ''
     def __str__(self): return f'{self.metric} {self.value:g} ({self.table}{", " * bool(self.note)}{self.note})'
 
-# %% ../nbs/14_configs.ipynb #39b0a634
+# %% ../nbs/14_configs.ipynb #f2d9356a
 PARTS = {'data': Data, 'flow': FlowShape, 'noise': Noise, 'align': Align, 'joint': JointVae, 'optim': Optim, 'system': System,
          'sample': Sample}
 
+# %% ../nbs/14_configs.ipynb #411fe0f2
 @dataclass(frozen=True)
 class Config:
     "A training of a paper, from the data to the published figure."
@@ -255,7 +261,7 @@ def check_kinds(c:Config) -> None:
             raise ValueError(f'{name}: {type(v).__name__} came, must be a tuple of {kind.__name__}')
     check_whole('seed', c.seed, 0, 2**63 - 1)
 
-# %% ../nbs/14_configs.ipynb #cdda53b9
+# %% ../nbs/14_configs.ipynb #cf31f7cd
 def check_optim(c:Config, wrong) -> None:
     "Length, batch and rates of a training."
     o = c.optim
@@ -272,6 +278,7 @@ def check_optim(c:Config, wrong) -> None:
         if not share: raise wrong(key, 'it is a share, ' + ('below 1' if key in ('optim.ema', 'data.held_out') else 'at most 1'))
     if not o.lr: raise wrong('optim.lr', 'a learning rate is above 0')
 
+# %% ../nbs/14_configs.ipynb #f3fbbc51
 def check_flow(c:Config, wrong) -> None:
     "The flow, its noise, and how it is sampled."
     d, f = c.data, c.flow
@@ -298,7 +305,7 @@ def check_align(c:Config, wrong) -> None:
     least = min(f.depths[t - 1] for t in a.blocks)
     if a.layer > least: raise wrong('align.layer', f'{a.layer} came; these blocks have layers 1 to {least}')
 
-# %% ../nbs/14_configs.ipynb #b29834c5
+# %% ../nbs/14_configs.ipynb #2b2bd942
 def check_joint(j:JointVae, side:int, wrong) -> None:
     "The parts of joint training."
     if not j.sigma: raise wrong('joint.sigma', "above 0; what adds nothing is joint.variant 'none'")
@@ -320,6 +327,7 @@ def check_kind(name:str, v, kind:type) -> object:
 
 FACTORS = {'sd-vae-ft-ema': (8, 4), 'sd-vae-ft-mse': (8, 4), 'digits-vae': (2, 4)} # of frozen VAEs: pixels a place, channels
 
+# %% ../nbs/14_configs.ipynb #1a562993
 def check_sizes(c:Config, wrong) -> None:
     "The flow sees what the data, or a VAE before it, give."
     d, f = c.data, c.flow
@@ -581,7 +589,7 @@ for where, t in (('first', 1), ('last', 6)):
     add(_ALIGNED, f'simflow-xxl-repa-e-{where}', f'REPA-E on the {where} block', {'align.blocks': (t,)}, unsaid=(*SIZE, 'align.layer'),
         notes=('E1', 'E13', 'E19'))
 
-# %% ../nbs/14_configs.ipynb #7d8cd7bc
+# %% ../nbs/14_configs.ipynb #7b8acafe
 UNSAID = {'optim.clip': 'gradients are not clipped, as in the published code of TARFlow',
           'optim.ema': 'no average of the weights, as in the published code of TARFlow',
           'optim.schedule': 'constant: one run that is read at 400K, 600K, 800K and 1M steps has no length for a cosine to end at',
@@ -603,6 +611,7 @@ UNSAID = {'optim.clip': 'gradients are not clipped, as in the published code of 
           'joint.variant': 'with the layer norm; whether that row of Table 10 has it is not said',
           'align.hidden': 'three layers are said; their width is that of REPA', 'align.layer': 'the first, as in Table 9'}
 
+# %% ../nbs/14_configs.ipynb #4009717c
 CORRECTIONS = {
     'E1': 'Table 8 prints 36 layers for the last block of XXL, section 5.1 says 46; counted, 46 give the 1.4B of the same table, 36 '
     'give 1.1B',
@@ -626,7 +635,7 @@ CORRECTIONS = {
     'E20': 'two tables give different accuracies for the same model: 57.35 (Tables 1, 8) and 57.76 (Table 2); 49.06 (Table 1) and '
     '49.00 (Table 7)'}
 
-# %% ../nbs/14_configs.ipynb #6977c994
+# %% ../nbs/14_configs.ipynb #48f05770
 def number(text:str): # '7' -> 7, '.9' -> 0.9
     "A whole number if it is one."
     try: return int(text)
@@ -648,6 +657,7 @@ def _parsed(key:str, text:str, kind):     # what stands after '=' -> a value of 
     if str in kinds: return text.strip()
     raise ValueError(f'{key}: {text!r} came; it takes {said(kinds)}')
 
+# %% ../nbs/14_configs.ipynb #4a92e0bb
 def override(c:Config, assignments) -> Config: # ['optim.lr=1e-3', 'data.root=/images']
     "A configuration with fields set from texts; `steps` and `epochs` replace each other, flow.image_size follows data.image_size."
     values, known = {}, every_key(c)
@@ -695,7 +705,7 @@ def from_dict(d:dict) -> Config:
         for v in d.get(k) or (): check_choice(k, v, known)
     return make(Config, d, 'config')
 
-# %% ../nbs/14_configs.ipynb #5ab80e7b
+# %% ../nbs/14_configs.ipynb #524b1165
 TWINS = {'digits': dict(samples=1437, levels=17), 'mnist5k': dict(samples=4000, levels=256)}
 
 def twin_sides(c:Config, data:str) -> tuple: # -> image size, what the flow sees, its patch
@@ -721,6 +731,7 @@ def small(c:Config) -> dict: # widths, layers, aligned blocks
     return out | {'align.blocks': blocks, 'align.layer': a.layer if f.kind == 'simflow' else a.layer // 2,
                   'align.encoder': TWIN_ENCODERS.get(a.encoder, 'digits'), 'align.hidden': a.hidden // 16}
 
+# %% ../nbs/14_configs.ipynb #df502b5c
 TWIN_ENCODERS = {'dinov2-b': 'digits', 'dinov2-l': 'digits', 'clip-b': 'digits-labels', 'mae-b': 'digits-labels'}
 
 def twin(c:Config, data:str='digits') -> Config: # 'digits' or 'mnist5k'
@@ -744,7 +755,7 @@ def twin(c:Config, data:str='digits') -> Config: # 'digits' or 'mnist5k'
                    'joint.start': c.joint.start * steps // c.steps, 'joint.before': c.joint.before // 2000}
     return changed(c, values, name=f'{data}-{c.name}', title=f'{c.title} (twin on {data})', published=(), unsaid=())
 
-# %% ../nbs/14_configs.ipynb #720a4602
+# %% ../nbs/14_configs.ipynb #0a12fb90
 def short(n:float, unit:str='') -> str: # 817,636,096 -> '818M', 4.43e15 -> '4.43e15'
     "A large number in three digits; from a million millions on as a power of ten."
     if n >= .9995e12: return f'{n:.3g}{unit}'.replace('e+', 'e')
@@ -768,6 +779,7 @@ def main_result(c:Config) -> str:
     known = [r for r in c.published if 'FID' in r.metric and 'sFID' not in r.metric and 'rFID' not in r.metric] or list(c.published)
     return str(known[-1]) if known else '-'
 
+# %% ../nbs/14_configs.ipynb #986fbb11
 def listing(configs=None) -> str:        # of configurations; None: all of the papers
     "One line a configuration, and what the columns mean: what `flowbook_train --list` prints."
     if configs is not None and not (isinstance(configs, (list, tuple)) and all(isinstance(c, Config) for c in configs)):
@@ -832,7 +844,7 @@ def flow_numbers(f:FlowShape, classes:int) -> int:
         total += (classes + 1) * f.dim + 2 * f.dim**2 + 2 * f.dim if f.kind == 'simflow' else classes * f.dim
     return total
 
-# %% ../nbs/14_configs.ipynb #edc7cbf5
+# %% ../nbs/14_configs.ipynb #55d0fbd2
 class Conv(typing.NamedTuple):
     "A convolution: what it costs, and what it keeps."
     c_in:int; c_out:int; k:int; side:int # of its output
@@ -848,6 +860,7 @@ class Conv(typing.NamedTuple):
         "Forward FLOPs of one image."
         return 2 * self.k**2 * self.c_in * self.c_out * self.side**2
 
+# %% ../nbs/14_configs.ipynb #9776b593
 class Spot(typing.NamedTuple):
     "Self-attention over all places of a feature map: a group norm, four linear layers and two products."
     c:int; side:int
@@ -864,6 +877,7 @@ def resnet(c_in:int, c_out:int, side:int) -> list:
     "The convolutions of a residual block."
     return [Conv(c_in, c_out, 3, side, c_in), Conv(c_out, c_out, 3, side, c_out)] + [Conv(c_in, c_out, 1, side)] * (c_in != c_out)
 
+# %% ../nbs/14_configs.ipynb #114ab10e
 def vae_layers(v:dict, side:int, mean_only:bool) -> tuple: # AutoencoderKL's arguments, of the image -> encoder, decoder: lists of layers
     "The convolutions and attentions of diffusers' AutoencoderKL, in the order in which they run."
     wide, d, mid = v['block_out_channels'], v['latent_channels'], v.get('mid_block_add_attention', True)
@@ -899,7 +913,7 @@ def critic_layers(width:int, levels:int, channels:int, side:int) -> list:
         last = wide
     return out + [Conv(last, 1, 4, side - 1)]
 
-# %% ../nbs/14_configs.ipynb #9cd99fb1
+# %% ../nbs/14_configs.ipynb #e194563c
 class Vit(typing.NamedTuple):
     "A vision encoder: width, layers, side of its patch, tokens beside the patches."
     # DINOv2 scales its residuals; CLIP normalises before its first layer
@@ -922,6 +936,7 @@ def vit_of(name:str) -> Vit:             # align.encoder: a name, or NAME@FILE
     with torch.device('meta'): m = timm.create_model(full, pretrained=False, num_classes=0)
     return Vit(m.num_features, len(m.blocks), patch_side(m, name), m.num_prefix_tokens)
 
+# %% ../nbs/14_configs.ipynb #79587a9f
 VITS = {'dinov2-b': Vit(768, 12, 14, scales=True), 'dinov2-l': Vit(1024, 24, 14, scales=True),
         'clip-b': Vit(768, 12, 16, first_norm=True), 'mae-b': Vit(768, 12, 16),
         'digits': Vit(64, 4, 2, 0, 1), 'digits-labels': Vit(64, 4, 2, 0, 1)}
@@ -995,7 +1010,7 @@ def block_cost(f:FlowShape, t:int, whole:bool=False) -> Cost: # block t; whole: 
     return Cost(2 * m * d_in * dim, 2 * m * (4 * dim**2 + mlp) + 2 * once, 4 * m**2 * dim,
                 2 * served * dim * d_out + 4 * dim**2 * (f.kind == 'simflow'), f.depths[t - 1])
 
-# %% ../nbs/14_configs.ipynb #abf61748
+# %% ../nbs/14_configs.ipynb #3481c368
 def flow_flops(c:Config, inside:bool=False) -> dict: # inside: the flow's input wants a gradient
     "Forward and backward of the flow and what alignment adds, for one sample."
     f, a = c.flow, c.align
@@ -1008,6 +1023,7 @@ def projector_flops(c:Config) -> int: # three products forward, six backward
     a = c.align
     return 6 * len(a.blocks) * c.flow.tokens * (c.flow.dim * a.hidden + a.hidden**2 + a.hidden * vit_of(a.encoder).dim)
 
+# %% ../nbs/14_configs.ipynb #19fe6530
 def aligned_flops(c:Config, inside:bool) -> int:
     "The flow's passes with alignment: one forward pass, its backward pass, and what the strategy sends through blocks besides."
     f, a, first, last = c.flow, c.align, min(c.align.blocks), c.flow.blocks
@@ -1166,7 +1182,7 @@ def whole_flops(c:Config) -> int:
     b = c.joint.before
     return (of_stage(b, c.joint.start, before=True) if b else 0) + of_stage(c.steps, max(0, c.joint.start - b))
 
-# %% ../nbs/14_configs.ipynb #aba54016
+# %% ../nbs/14_configs.ipynb #ea0fda84
 def describe(c:Config, gpu:str='H100', world:int=None) -> str: # world: GPUs; None: as the configuration says
     "A page on one configuration: what it trains, as the paper prints it or as we chose, what it costs, what was published."
     world = world_of(c, world)
@@ -1189,6 +1205,7 @@ AFTER = {'data.image_size': 'pixels', 'data.held_out': 'of each class where the 
          # units, and words where a name alone misleads
          'sample.w': '(guidance weight)', 'sample.gamma': '(step along the scores)', 'sample.n': 'samples for the published figure'}
 
+# %% ../nbs/14_configs.ipynb #543b7a68
 def says(c:Config, part:str, name:str) -> str:
     "A field, its value and its unit; a star where the paper does not print it."
     star = '*' * bool({part, f'{part}.{name}'} & set(c.unsaid))
@@ -1206,6 +1223,7 @@ def _plain(v) -> str:
     if isinstance(v, tuple): return ','.join(map(str, v))
     return f'{v:g}' if isinstance(v, float) else f'{v:,}' if isinstance(v, int) else str(v)
 
+# %% ../nbs/14_configs.ipynb #40f8a8a8
 def costs_of(c:Config, gpu:str, world:int) -> list:
     "Lines: parameters, FLOPs, memory, time."
     card, used, h, bf16 = gpu_of(gpu), memory(c, world), hours(c, gpu, world), c.system.amp == 'bf16'

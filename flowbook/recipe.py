@@ -92,7 +92,7 @@ def shortened(c:Config, steps:int) -> Config:
         values |= {'joint.start': int(c.joint.start * share), 'joint.before': min(c.joint.before, max(1, round(c.joint.before * share)))}
     return changed(c, values)
 
-# %% ../nbs/14_recipe.ipynb #6a9e28e7
+# %% ../nbs/14_recipe.ipynb #38e588e5
 class Paired(ImageSet):
     "Cached latents and the images they are of, one row of numbers a sample, for alignment in latent space; `Apart` takes a row apart."
     def __init__(self, latents:CachedLatents, images:ImageSet): # of the same samples, in the same order
@@ -110,6 +110,7 @@ class Paired(ImageSet):
 
     def __repr__(self): return f'{self.latents!r}, and their images {tuple(self.images.shape)}'
 
+# %% ../nbs/14_recipe.ipynb #7c21b267
 class Apart:
     "A row of `Paired`: the image, mirrored or not as `Pick(p)` is about to choose, becomes the target; the latents' moments become x."
     def __init__(self, moments:tuple, image:tuple, p:float=.5): # (flips, 2, d, u, v), (c, h, w)
@@ -310,7 +311,7 @@ def notes_of(c:Config) -> tuple:
                                           (f'align.encoder: {c.align and c.align.encoder} without weights', c.align),
                                           ('joint.perceptual: without a distance', c.joint and c.joint.perceptual)) if there)
 
-# %% ../nbs/14_recipe.ipynb #409791a8
+# %% ../nbs/14_recipe.ipynb #3d703855
 def open_images(c:Config, split:str='train') -> ImageSet:
     "The images of a configuration: a dataset of the book by name, anything else from the folder `data.root`."
     name = c.data.name if check_config(c).data.name in DATASETS else 'folder'
@@ -334,6 +335,7 @@ def is_whole(folder) -> bool:
     plan = read_plan(folder)
     return all((Path(folder)/f'{s:05d}.safetensors').exists() for s in range(-(-plan['samples'] // plan['shard'])))
 
+# %% ../nbs/14_recipe.ipynb #0b6d395e
 def await_shards(folder, there=is_whole, patience:float=1800., poll:float=.5) -> None: # there: folder -> is what we wait for there?
     "Wait for what other ranks write; a ValueError when no shard has come for `patience` seconds."
     count, since = -1, time.monotonic()
@@ -365,7 +367,7 @@ def open_data(c:Config, split:str='train',
     latents = CachedLatents(folder, vae)
     return Paired(latents, open_images(c, split)) if c.align and split == 'train' else latents
 
-# %% ../nbs/14_recipe.ipynb #f6958668
+# %% ../nbs/14_recipe.ipynb #123b32d6
 def check_images_of(data) -> None:
     "ValueError for what is no dataset that knows its classes and shape."
     if not all(hasattr(data, k) for k in ('classes', 'shape', 'levels', 'batch')):
@@ -404,6 +406,7 @@ def check_data(c:Config, data, train:bool=True) -> ImageSet:
                          f'optim.batch_size={len(data)} at most')
     return data
 
+# %% ../nbs/14_recipe.ipynb #0776790f
 def shape_mends(c:Config, shape:tuple) -> str: # of images
     "The overrides under which a model takes what the data have."
     (ch, h, w), d, f = shape, c.data, c.flow

@@ -86,11 +86,12 @@ def operations(flow:TarFlow, b:int, passes:int=1) -> float:
     ends = len(flow.blocks) * 2 * 3 * flow.z_shape[1] * dim                            # proj_in, proj_out
     return passes * b * (n - 1) * (layers * (24 * dim**2 + 4 * dim * n / 2) + ends)
 
-# %% ../../nbs/16_bench.ipynb #f6e09d1a
+# %% ../../nbs/16_bench.ipynb #8c0d5e66
 def check_bench(flow, b, rounds) -> None:
     "ValueError, by name, for what cannot be measured."
     check_module('flow', flow, TarFlow); check_whole('b', b); check_whole('rounds', rounds)
 
+# %% ../../nbs/16_bench.ipynb #57b78b68
 def bench_sampling(flow:TarFlow, b:int, guidance:Guidance=None, rounds:int=5, dtype=None, tol:float=1e-5, naive:bool=True,
                    seed:int=0) -> dict:
     "All samplers on the same latents: speed against the textbook's, passes, error (against float64), memory, share of the matrix rate."

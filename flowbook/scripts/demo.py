@@ -27,10 +27,11 @@ from ..tarflow import TarFlow
 from ..train import (DropLabels, GaussianNoise, NonFiniteLoss,
                             fit, mean_nll, plot_curve, progress, to_bits)
 
-# %% ../../nbs/16_demo.ipynb #b3925286
+# %% ../../nbs/16_demo.ipynb #e9c12bd9
 # what --simflow changes
 SIMFLOW = dict(sigma=.5, steps=1000, lr=DIGITS['lr'], batch_size=DIGITS['batch_size'], blocks=2, layers=3, out='flowbook_demo_simflow')
 
+# %% ../../nbs/16_demo.ipynb #973c5abe
 def parser() -> argparse.ArgumentParser:
     "The command line of `flowbook_demo`."
     p = argparse.ArgumentParser('flowbook_demo', description='Train a class-conditional TARFlow and draw samples from it: digits in '
@@ -59,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
         '%(default)s)')
     return p
 
+# %% ../../nbs/16_demo.ipynb #ae1b7f88
 def arguments(argv=None) -> argparse.Namespace:
     "What was typed; --simflow changes the defaults."
     p, first = parser(), argparse.ArgumentParser(add_help=False)
@@ -96,7 +98,7 @@ def fresh_folder(out:str) -> Path:
     names = [out, *(Path(f'{out}-{i}') for i in range(2, 10_000))]
     return next(f for f in names if not f.exists() or (f.is_dir() and not any(f.iterdir())))
 
-# %% ../../nbs/16_demo.ipynb #70e910e9
+# %% ../../nbs/16_demo.ipynb #8ba11eb3
 def main(argv=None) -> dict:
     "Train, measure, draw, keep. Returns the report that it also writes."
     a = arguments(argv)
@@ -110,6 +112,7 @@ def cli() -> None:
     "The console script: what `main` returns must not become its exit status."
     main()
 
+# %% ../../nbs/16_demo.ipynb #e28c9e03
 def run(a:argparse.Namespace) -> dict:
     "The demonstration, from top to bottom. Returns the report."
     device = pick_device(a.device)
@@ -152,6 +155,7 @@ def run(a:argparse.Namespace) -> dict:
               'steps': history[-1]['step'] if history else 0, 'parameters': size, 'device': str(device)}
     return keep(flow.eval(), a, report, train, test, noise, history, problem, seconds)
 
+# %% ../../nbs/16_demo.ipynb #a36c5375
 def watched(logs, steps:int) -> tuple: # -> history, what went wrong or None, seconds
     "Follow a training to its end, or to Ctrl-C, or to a loss that is no number."
     history, problem, started = [], None, time.perf_counter()
@@ -217,7 +221,7 @@ def draw_loss(history:list, path:Path, of:str='nats a dimension') -> None:
     ax = (fig := Figure(figsize=(5, 2.6), dpi=100, layout='constrained')).subplots()
     plot_curve(history, ax=ax); ax.set(title='training loss', ylabel=of); fig.savefig(path)
 
-# %% ../../nbs/16_demo.ipynb #59302b28
+# %% ../../nbs/16_demo.ipynb #488f8b1e
 def ways(sigma:float) -> dict:
     "Three ways to draw. File: what is said of it, how it is drawn."
     star = dict(guidance=StarGuidance(1.))
@@ -230,6 +234,7 @@ def joint_model(a, classes:int) -> SimFlow:
     flow = dict(dim=a.dim, blocks=a.blocks, layers=[1] * (a.blocks - 1) + [a.layers], head_dim=head, classes=classes)
     return SimFlow(DIGITS['vae'], {**DIGITS['flow'], **flow}, Mean(Additive(a.sigma)))
 
+# %% ../../nbs/16_demo.ipynb #6163133e
 def run_simflow(a:argparse.Namespace) -> dict:
     "The same demonstration for the joint model. Returns the report."
     device = pick_device(a.device)
@@ -258,6 +263,7 @@ def run_simflow(a:argparse.Namespace) -> dict:
               'parameters': sum(sizes.values()), 'device': str(device), 'seconds': round(seconds, 1)}
     return keep_simflow(model.eval(), a, report, train, test, history, problem)
 
+# %% ../../nbs/16_demo.ipynb #281bcfc7
 def keep_simflow(model:SimFlow, a, report:dict, train, test, history, problem) -> dict:
     "Measure the joint model; write reconstructions, samples, loss curve, checkpoint and report. Returns the report."
     image, device = test.batch(range(len(test)))[0], report['device']

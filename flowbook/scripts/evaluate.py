@@ -157,7 +157,7 @@ All of them print the same numbers, to rounding. What is left out is read from t
     if rank == 0 and a.save: save_images(first[:100], a.save)
     return out
 
-# %% ../../nbs/16_evaluate.ipynb #5f77b4e0
+# %% ../../nbs/16_evaluate.ipynb #8c9f914c
 def opened(a, model:Opened) -> tuple: # -> training images or None, test images or None
     "The images that the command line or the card names; ValueError where they do not fit the checkpoint."
     shape, named = model.image_shape, known_data(a, model)
@@ -174,6 +174,7 @@ def opened(a, model:Opened) -> tuple: # -> training images or None, test images 
     none = a.data == 'folder' and a.held_out == 0 and _split_folders(a.root)[1] is None      # then all images are for training
     return train, None if none else open_source(a, 'test')
 
+# %% ../../nbs/16_evaluate.ipynb #98b71c57
 def known_data(a, model:Opened) -> str|None: # -> the folder that the card names
     "What the command line leaves out of --data, --root, --image-size and --held-out, the card may know, of the training's configuration."
     card, (_, h, w) = (model.card.get('config') or {}).get('data') or {}, model.image_shape

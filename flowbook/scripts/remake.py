@@ -52,7 +52,7 @@ def brief(card:dict) -> dict:
     "A card without its tables."
     return {k: v for k, v in card.items() if not isinstance(v, dict)}
 
-# %% ../../nbs/16_remake.ipynb #61d2aa21
+# %% ../../nbs/16_remake.ipynb #97744535
 def main(argv=None) -> dict:
     "Make a checkpoint again and print its card beside that of the shipped one. Returns the card."
     p = argparse.ArgumentParser('flowbook_remake', description='Make a checkpoint of the book again.')
@@ -84,6 +84,7 @@ def main(argv=None) -> dict:
     print(f'the shipped {brief(json.loads(shipped.read_text())) if shipped.exists() else "(none)"}')
     return model.card
 
+# %% ../../nbs/16_remake.ipynb #71977af3
 def cli() -> None:
     "The console script: what `main` returns must not become its exit status."
     try: main()

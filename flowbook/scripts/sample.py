@@ -59,13 +59,14 @@ class Way:
         check_weight(self.w, self.schedule)
         return KINDS[self.guidance](self.w, self.tau, self.schedule)
 
-# %% ../../nbs/16_sample.ipynb #436f1a5b
+# %% ../../nbs/16_sample.ipynb #46784437
 class Drawn(NamedTuple):
     "A batch of samples, at three stages."
     z: Tensor                            # (b, n, d) what was drawn
     latents: Tensor                      # (b, c, h, w) what the flow made of it: the images, or the latents before the decoder
     images: Tensor                       # (b, c, h, w) about in [-1, 1]
 
+# %% ../../nbs/16_sample.ipynb #219f8088
 class Opened:
     "A checkpoint that draws images. This one is a flow of pixels; the other kinds say what they do otherwise."
     counts, own_noise = 'pixels', None   # what its likelihood is a density of; the noise that is part of the model
@@ -99,7 +100,7 @@ class Opened:
         if way.denoise: x = denoise(self.flow, x, sigma, y)
         return Drawn(z, x, self.decode(x))
 
-# %% ../../nbs/16_sample.ipynb #04a38b63
+# %% ../../nbs/16_sample.ipynb #76248d40
 class OpenedLatent(Opened):
     "A flow over the latents of a frozen VAE. Chapter 12."
     counts = 'latents'
@@ -114,6 +115,7 @@ class OpenedLatent(Opened):
         "Images through the autoencoder, from the posterior's mean."
         return self.decode(self.model.encode(x, sample=False))
 
+# %% ../../nbs/16_sample.ipynb #8e41837b
 class OpenedJoint(Opened):
     "A SimFlow: its decoder was trained on noisy latents, so that nothing is to be denoised. Chapter 13."
     counts = 'latents'
@@ -141,7 +143,7 @@ class OpenedJoint(Opened):
         like = next(self.model.parameters())
         return batch._replace(x=self.model.latent(batch.x.to(like), batch.target.to(like)).x.cpu(), target=None)
 
-# %% ../../nbs/16_sample.ipynb #a55c2ea6
+# %% ../../nbs/16_sample.ipynb #660d5d32
 FLOWS = {k.__name__: k for k in (TarFlow, LatentTarFlow, AdaTarFlow)}
 
 CARD = {'sample': dict, 'config': dict, 'class_names': list, 'vae_name': str, 'vae': str}
@@ -155,6 +157,7 @@ def check_card(card:dict, path, classes:int) -> None:
     if names and len(names) != classes or not all(isinstance(n, (str, int)) for n in names):
         raise ValueError(f'{path}: class_names: {len(names)} came, must be {classes} names, one a class, or none')
 
+# %% ../../nbs/16_sample.ipynb #45e1b946
 def open_model(name,                 # a folder of save_pretrained or of a run, a checkpoint of the book, or `owner/name` on the hub
                device='cpu',
                # of a flow over latents: a folder or a name for `load_vae`; None: the one saved beside it, or named by its card
@@ -184,7 +187,7 @@ def open_model(name,                 # a folder of save_pretrained or of a run, 
                          'latents? Then give their VAE by --vae')
     return Opened(FLOWS[kind].from_pretrained(folder, device), str(name))
 
-# %% ../../nbs/16_sample.ipynb #53017ee3
+# %% ../../nbs/16_sample.ipynb #6d45c69e
 def add_way(add) -> None:
     "The arguments that say how to draw; what is left out, the card says."
     add('--guidance', choices=tuple(KINDS), help='of the samples, chapter 08 (default: what the card says, or none)')
@@ -206,6 +209,7 @@ def add_way(add) -> None:
 
 WHICH = 'w', 'tau', 'schedule'           # belong to a kind of guidance
 
+# %% ../../nbs/16_sample.ipynb #237d5a9c
 def way_of(a, card:dict) -> Way:
     "How to draw: the command line, then the card, then nothing."
     own, names = card.get('sample') or {}, [f.name for f in fields(Way)]
@@ -275,7 +279,7 @@ def class_folder(model:Opened, label) -> str:
     names = list(map(clean, model.card.get('class_names') or range(model.classes)))
     return (names[label] if names.count(names[label]) == 1 else f'{label} {names[label]}') or str(label)
 
-# %% ../../nbs/16_sample.ipynb #b3e4dc6d
+# %% ../../nbs/16_sample.ipynb #0e13d367
 def write_png(x:Tensor, path:Path) -> None: # (c, h, w); what is no number becomes grey
     "One image, pixel for pixel."
     from PIL import Image
@@ -298,6 +302,7 @@ def typed_difference(odd:list, old:dict, new:dict) -> str:
                 else f'that were drawn without --{k}, and this call is with it')
     return f'with {odd[0]} {old.get(odd[0])!r}, not {new.get(odd[0])!r}'
 
+# %% ../../nbs/16_sample.ipynb #5a9bd968
 @dataclass(frozen=True)
 class Place:
     "A folder of samples: one subfolder a class, one file or two a sample."
@@ -343,7 +348,7 @@ def grid_columns(k:int) -> int:
     "Columns of a grid in which k classes take turns: each column one class, where that is not too wide."
     return k * (10 // k) if k <= 10 else k if k <= 20 else 10
 
-# %% ../../nbs/16_sample.ipynb #ff087b23
+# %% ../../nbs/16_sample.ipynb #b5631028
 MOST_IN_A_GRID, ATTEMPTS = 100, 10
 
 def parser() -> argparse.ArgumentParser:
@@ -369,6 +374,7 @@ def broken(x:Tensor) -> Tensor: # (b, c, h, w) -> (b,) bool
     "Samples with a value that is no finite number."
     return ~x.isfinite().flatten(1).all(1)
 
+# %% ../../nbs/16_sample.ipynb #6a82165f
 def drawn_again(drawn:Drawn, again, wanted:Tensor) -> Drawn: # again: (places in the batch, attempt) -> Drawn; wanted (b,) bool
     "The batch, its broken samples drawn again with other latents until they are whole, at most ATTEMPTS times."
     for attempt in range(1, ATTEMPTS + 1):
