@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MADE', 'ROOM', 'SAVE_EVERY', 'KEEP', 'pretended', 'rows_of', 'shard_plan', 'Shards', 'size_in', 'shards', 'gathered',
            'key_of', 'shards_of', 'rank_memory', 'duration', 'Problem', 'batch_problems', 'total_of', 'what_helps',
-           'memory_problems', 'does_not_fit', 'problems_here', 'data_problems', 'other_problems', 'plan', 'size',
-           'rounded', 'told']
+           'memory_problems', 'does_not_fit', 'problems_here', 'data_problems', 'other_problems', 'held_out', 'plan',
+           'size', 'rounded', 'told']
 
 # %% ../nbs/15_plan.ipynb #937f6a61
 import math, os, time
@@ -19,7 +19,7 @@ from torch import nn, Tensor
 from torch import distributed as dist
 from .configs import GPUS, Config, count, flops, gpu_of, hours, memory, parameters, short, variant_of, world_of
 from .data import check_whole
-from .recipe import build
+from .recipe import build, held_note
 
 # %% ../nbs/15_plan.ipynb #934699a4
 # Axis legend of this module: w ranks.
@@ -275,6 +275,11 @@ def other_problems(c:Config, world:int) -> list:
 SAVE_EVERY, KEEP = 1000, 2               # the defaults of `flowbook_train`
 
 # %% ../nbs/15_plan.ipynb #11e8e02f
+def held_out(c:Config) -> str:
+    "What a folder keeps for testing, for people; '' where nothing is, or where the folder is on another machine."
+    try: return held_note(c)
+    except ValueError: return ''                  # data_problems says what is wrong with the folder
+
 # world: GPUs, None: as the configuration says; root: where the images are
 def plan(c:Config, world:int=None, gpu:str='H100', root=None) -> dict:
     "What a training needs on each of `world` GPUs, and what cannot work. Seconds, no GPU."
@@ -297,7 +302,7 @@ def plan(c:Config, world:int=None, gpu:str='H100', root=None) -> dict:
                        'imbalance': 0. if s is None else (s.held.max() / s.held.double().mean()).item() - 1},
             'memory': used, 'memory_total': sum(used.values()), 'memory_card': int(card.memory * 2**30), 'amp': c.system.amp,
             'checkpointed': c.system.checkpoint,
-            'data': {'name': c.data.name, 'samples': c.data.samples, 'classes': c.data.classes, 'image_size': c.data.image_size,
+            'data': {'name': c.data.name, 'samples': c.data.samples, 'held_out': held_out(c), 'classes': c.data.classes, 'image_size': c.data.image_size,
                      'root': c.data.root},
             'batch': {'size': b, 'a_rank': b / world, 'accumulate': k, 'micro': b / (world * k), 'tokens': b * c.flow.tokens},
             'steps': c.steps, 'epochs': c.epochs, 'steps_an_epoch': c.data.samples / b, 'rest_of_an_epoch': c.data.samples % b,
@@ -336,7 +341,7 @@ def told(p:dict) -> str:
     else: lines.append(f'shards      none: every rank has all weights ({size(s["first"])}); gradients are averaged')
     lines += [f'memory      about {size(p["memory_total"])} of {size(p["memory_card"])} on the fullest rank: ' + listed(p['memory'], size),
               f'data        {d["name"]}: {d["samples"]:,} images {d["image_size"]}x{d["image_size"]}, '
-              + (f'{d["classes"]:,} classes' if d['classes'] else 'no labels'),
+              + (f'{d["classes"]:,} classes' if d['classes'] else 'no labels') + f' ({d["held_out"]})' * bool(d['held_out']),
               f'batch       {b["size"]:,} images, {b["tokens"]:,} tokens a step; {b["a_rank"]:g} a rank{micro}'
               + ' (not whole)' * (b['micro'] != int(b['micro'])),
               f'run         {p["steps"]:,} steps, {p["epochs"]:.4g} epochs of {p["steps_an_epoch"]:,.1f} steps'

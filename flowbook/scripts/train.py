@@ -15,6 +15,7 @@ from ..configs import GPUS, Config, changed, describe, find_config, listing, ove
 from ..data import replace_bytes
 from ..plan import data_problems, plan, problems_here, told
 from ..recipe import adapt, open_images
+from .fid_stats import typed
 
 # %% ../../nbs/16_train.ipynb #8890d9d1
 def parser() -> argparse.ArgumentParser:
@@ -179,7 +180,7 @@ def cli() -> None:
         give_up(f'{e}. {advice(e)}')
     except (ValueError, ImportError, RuntimeError) as e:
         if type(e) is RuntimeError: raise                   # PyTorch's own say more with their traceback; ours are kinds of it
-        give_up(str(e))
+        give_up(typed(str(e), parser()))
     sys.exit(status_of(found))
 
 # %% ../../nbs/16_train.ipynb #74bcb33a

@@ -31,7 +31,7 @@ DOORS = [
     door('shards', lambda tmp: dict(model=model_of(config()), world=2), model=[None, 'a flow', 3, torch.nn.Linear(2, 2)], world=whole(1, 2**13)),
 ]
 INNER = {
-    'parts of `plan`, which has looked at the configuration, the card and the ranks; the problems that they find are tested in test_plan.py': 'does_not_fit problems_here batch_problems memory_problems data_problems other_problems total_of what_helps shards_of key_of gathered',
+    'parts of `plan`, which has looked at the configuration, the card and the ranks; the problems that they find are tested in test_plan.py': 'held_out does_not_fit problems_here batch_problems memory_problems data_problems other_problems total_of what_helps shards_of key_of gathered',
     'sizes, called by `shards` and the text of a plan': 'rows_of shard_plan size_in size duration rounded',
     'records': 'Shards Problem',
 }
