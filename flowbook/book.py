@@ -82,9 +82,10 @@ def fold(text:str,  # what a cell printed
         return shown.rstrip() if '\r' in s else s
     return '\n'.join(map(line, text.split('\n')))
 
-# %% ../nbs/19_book.ipynb #fbd437c8
+# %% ../nbs/19_book.ipynb #b667f5a2
 WARNING = re.compile(r'^\S.*:\d+: \w*Warning: .*\n?(?:[ \t]+.*\n?)?'       # Python's, with the line that it quotes
-                     r'|^\d+\.\d+s - .*\n?|^\[IPKernelApp\] .*\n?', re.M)     # the debugger's and the kernel's
+                     r'|^\d+\.\d+s - .*\n?|^\[IPKernelApp\] .*\n?'           # the debugger's and the kernel's
+                     r'|^(?:USDT:|\[[IW]\d{4} ).*\n?', re.M)                    # and those of PyTorch's profiler
 LIVE = {'application/vnd.jupyter.widget-view+json', 'application/javascript'}
 
 def tidy(outputs:list) -> list:
@@ -813,13 +814,13 @@ def malformed_exercises(root) -> list:
     "Exercises whose cells are not a whole set."
     return [f'{f.name}: {ex.name}: {p}' for f in notebooks(root) for ex in exercises(f) for p in ex.problems]
 
-# %% ../nbs/19_book.ipynb #2753b30b
+# %% ../nbs/19_book.ipynb #9707eb11
 def bare_references(root) -> list:
     "Paragraphs that name another chapter by its number and have no link to it."
     numbers, problems = {f.name[:2] for f in notebooks(root) if f.name[:2].isdigit()}, []
     for f in notebooks(root):
         for i, cell in enumerate(read_notebook(f).cells):
-            if cell.cell_type != 'markdown': continue
+            if cell.cell_type != 'markdown' or not i: continue       # the first becomes the module's docstring
             for part in re.split(r'\n\s*\n', re.sub(r'(?s:```.*?```)|`[^`\n]*`|^#.*$', '', cell.source, flags=re.M)):
                 linked = set(re.findall(r'\]\((\d\d)_', part)) | {f.name[:2]}
                 named = {n for m in re.findall(r'\b[Cc]hapters?\s+(\d\d(?:(?:,| and|, and| to|–)\s?\d\d)*)', part)

@@ -362,7 +362,7 @@ def test_a_chapter_of_the_class_runs_where_it_lies(tmp_path):
 @pytest.mark.parametrize('text, found', [('See chapter 02.', 1), ('See [chapter 02](02_b.ipynb).', 0), ('Chapters 02 and 03.', 2), ('Chapters 02 and [03](03_c.ipynb).', 1), ('`chapter 02`', 0),
                                          ('## Chapter 02', 0), ('In chapter 01 itself.', 0), ('In chapter 77.', 0), ('chapter 02\n\n[x](02_b.ipynb)', 1)])
 def test_bare_references(make, text, found):
-    root = make(**{'01_a': ['# A', text], '02_b': ['# B'], '03_c': ['# C']})
+    root = make(**{'01_a': ['# A\n\n> After chapter 03.', text], '02_b': ['# B'], '03_c': ['# C']})
     assert len(book.bare_references(root)) == found
 
 
