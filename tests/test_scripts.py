@@ -32,7 +32,7 @@ def flow(folder):
 
 
 # ---------------------------------------------------------------- which images
-@pytest.mark.fault('configuration', '`--root` without `--data`, in any script', 'the folder is read, never the digits in its place')
+@pytest.mark.fault('arguments', '`--root` without `--data`, in any script', 'the folder is read, never the digits in its place')
 def test_root_alone_means_the_folder(folder, capsys):
     stats = load_statistics(fid_stats.main('--root mine --extractor digits --out a.safetensors'.split()))
     assert stats.n == 36 and 'mine' in stats.dataset and '36 of 40 images; 4 held out, there is no val folder' in capsys.readouterr().out
@@ -44,7 +44,7 @@ def test_root_alone_means_the_folder(folder, capsys):
 
 @pytest.mark.parametrize('main,line', [(fid_stats.main, '--out a.safetensors'), (evaluate.main, 'digits-0.1 --n 10'), (demo.main, '')])
 @pytest.mark.parametrize('data', ['digits', 'mnist5k'])
-@pytest.mark.fault('configuration', 'a folder is named beside a dataset that comes with the book', 'refused: nothing would be read from there; leave one of the two out')
+@pytest.mark.fault('arguments', 'a folder is named beside a dataset that comes with the book', 'refused: nothing would be read from there; leave one of the two out')
 def test_a_root_that_is_not_used_is_an_error(folder, main, line, data):
     with pytest.raises((ValueError, SystemExit), match=f'--root: mine came, but {data} comes with the book'): main([*line.split(), '--root', 'mine', '--data', data])
     with pytest.raises((ValueError, SystemExit), match='--held-out: 0.2 came, but it is about a folder'): main([*line.split(), '--held-out', '.2', '--data', data])
@@ -64,7 +64,7 @@ def test_evaluate_says_what_was_held_out_and_takes_the_share_from_the_card(flow,
     assert json.loads(json.dumps(out)) == out
 
 
-@pytest.mark.fault('checkpoint', 'its card names a folder of images that is not here', 'the message names the folder; give --root')
+@pytest.mark.fault('data', 'the card of a model names a folder of images that is not here', 'the message names the folder; give --root')
 def test_a_card_whose_images_are_elsewhere(flow, tmp_path, monkeypatch):
     (tmp_path/'elsewhere').mkdir(); monkeypatch.chdir(tmp_path/'elsewhere')
     with pytest.raises(ValueError, match='its card names images in mine, which is not here: give --root'): evaluate.main(['../flow', '--n', '4'])
