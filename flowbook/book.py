@@ -27,7 +27,7 @@ from urllib.parse import unquote, urlsplit
 # nbformat, nbconvert, nbdev, nbclient and jinja2 are imported by the functions that use them: they belong to the
 # `dev` requirements, and a reader who only imports the library does not have them.
 
-# %% ../nbs/19_book.ipynb #203c0507
+# %% ../nbs/19_book.ipynb #2f827eda
 def as_path(name:str, path) -> Path:
     "ValueError, by the name of the argument, for what is no path."
     if isinstance(path, (str, os.PathLike)) and str(path): return Path(path)
@@ -58,7 +58,8 @@ def settings(root):
 def notebooks(root) -> list:
     "The book's notebooks, in reading order."
     folder = settings(root)['nbs_path']
-    return sorted(f for f in (Path(root)/folder).glob('*.ipynb') if f.name[0] not in '._')
+    found = (f for f in (Path(root)/folder).glob('*.ipynb') if f.name[0] not in '._')
+    return sorted(found, key=lambda f: (f.stem != 'index', f.name[0].isdigit(), f.name))   # what has no number comes first
 
 # %% ../nbs/19_book.ipynb #2067bb11
 def nbdev(command,  # such as 'doclinks.nbdev_export'
@@ -479,7 +480,7 @@ def page_link(url, root, out) -> str:
         return f"{cfg['git_url']}/{kind}/{cfg['branch']}/{file.relative_to(root).as_posix()}{anchor}"
     return url                           # if it leads nowhere, check_site will say so
 
-# %% ../nbs/19_book.ipynb #8d5c4431
+# %% ../nbs/19_book.ipynb #b7089eb8
 def pages(root,         # the checkout
           out='_site',  # the folder to make; an older site in it is replaced
          ) -> Path:
@@ -491,7 +492,7 @@ def pages(root,         # the checkout
     if out.exists() and any(out.iterdir()) and not (out/'assets'/'book.css').is_file():
         raise ValueError(f'out: {out} is not empty and not an older site; give a new or empty folder')
     shutil.rmtree(out, ignore_errors=True)
-    book = sorted(map(make_page, notebooks(root)), key=lambda p: (p.name != 'index', p.name))
+    book = list(map(make_page, notebooks(root)))
     cfg, template = settings(root), Environment(autoescape=True).from_string(PAGE)
     if not book or book[0].name != 'index':
         book.insert(0, Page('index', cfg['title'], cfg['description'], '', f"<h1>{cfg['title']}</h1>", [], {}))
@@ -584,7 +585,7 @@ def with_doors(path, root):
     nb.cells = cells if Path(path).stem == 'index' else cells[:1] + doors(path, root) + cells[1:]
     return nb
 
-# %% ../nbs/19_book.ipynb #2bf3cf9f
+# %% ../nbs/19_book.ipynb #24f31bc7
 QUARTO = """# Made by `flowbook_book dress`, for `nbdev_docs`.
 project:
   type: website
@@ -605,8 +606,7 @@ metadata-files: [nbdev.yml]
 
 def quarto_config(root) -> str:
     "The text of `_quarto.yml`: the chapters in reading order."
-    names = sorted((f.name for f in notebooks(root)), key=lambda n: (n != 'index.ipynb', n[0].isdigit(), n))
-    return QUARTO.format(contents='\n'.join(f'      - {n}' for n in names))
+    return QUARTO.format(contents='\n'.join(f'      - {f.name}' for f in notebooks(root)))
 
 # %% ../nbs/19_book.ipynb #215792ea
 def dress(root):
