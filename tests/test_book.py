@@ -453,6 +453,7 @@ def exported(make, monkeypatch):
     monkeypatch.setenv('IN_TEST', '1')                         # nbdev_export would silently do nothing
     book.nbdev('doclinks.nbdev_export', root)
     book.nbdev('clean.nbdev_clean', root)
+    book.dress(root)
     (root/'README.md').write_text(book.readme(root))
     return root
 
