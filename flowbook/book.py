@@ -726,10 +726,10 @@ def handout(root,     # the checkout
     folder = root/settings(root)['nbs_path']
     if out.is_file() or out.exists() and any(out.iterdir()):
         raise ValueError(f'out: {out} is there already and not empty; give a new folder (a class may have written into this one)')
-    copies = {Path(p).name: clean_copy(p) for p in check_paths(list(paths)) or notebooks(root)}
+    copies = {Path(p).name: clean_copy(p) for p in check_paths(paths) or notebooks(root)}
     out.mkdir(parents=True, exist_ok=True)
     for f in folder.iterdir():
-        if f.name[0] in '._' or f.suffix == '.ipynb': continue
+        if f.name[0] in '._' or f.suffix == '.ipynb' or out.is_relative_to(f): continue
         (shutil.copytree if f.is_dir() else shutil.copy)(f, out/f.name)
     for name, nb in copies.items(): nbformat.write(nb, out/name)
     return out

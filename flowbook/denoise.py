@@ -129,7 +129,7 @@ def judge_noise_sweep(results):
 
 # %% ../nbs/07_denoise.ipynb #41166ca7
 def train_for_sweep(noise:str, c:dict, seed:int, classes:int=10, looks:int=0): # -> (averaged flow, [(step, flow), ...])
-    "A TARFlow on digits with the noise 'uniform' or a sigma, for the sweeps of chapters 04, 07, 08 and 10."
+    "A TARFlow on digits with the noise 'uniform' or a sigma, for the sweeps of chapters 04, 07 and 08."
     import copy
     data, seen = load(c.get('data', 'digits')), []
     c = {**c, 'classes': classes, 'model': {'image_size': 8, 'channels': 1, 'patch_size': 2, **c['model']}}

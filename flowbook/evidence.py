@@ -295,7 +295,7 @@ def show_verdicts(judged:dict, # a record, or {claim: Verdict}
     if 'runs' in judged: judged = verdicts(judged)
     for c in claims or judged:
         if c not in judged: raise ValueError(f'claims: {c!r} came; there is {", ".join(judged)}')
-    from flowbook.claims import CLAIMS                       # the last chapter: it knows what each claim says
+    from flowbook.claims import CLAIMS                       # chapter 18: it knows what each claim says
     tables = [as_table(judged[c], c, CLAIMS[c].says if c in CLAIMS else '') for c in claims or judged]
     print('\n\n'.join(tables))
     if 'seeds agree' in ''.join(tables): print('\n✓ a is lower, by the rule of chapter 03   ○ neither is   ✗ b is lower')

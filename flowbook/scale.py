@@ -319,8 +319,8 @@ def check_same(c:Config, data:dict, meta:dict, folder) -> dict: # data: of `told
     differ = [k for k in {**was, **now} if was.get(k) != now.get(k)]
     if wrong := [k for k in differ if not k.startswith(free)]:
         raise ValueError(f'{wrong[0]}: the run in {folder} has {was.get(wrong[0])!r}, and {now.get(wrong[0])!r} came'
-                         f'{", and so for " + ", ".join(wrong[1:4]) if wrong[1:] else ""}; go on as it was begun, or take another folder: '
-                         f'a new run may begin from it, --from {folder} --out NEW'
+                         f'{", and so for " + ", ".join(wrong[1:4]) if wrong[1:] else ""}; go on as it was begun, or take another folder'
+                         + f': a new run may begin from it, --from {folder} --out NEW' * (not any(k.startswith('flow.') for k in wrong))
                          + '. (optim.steps may change where the rate is constant)' * ('optim.steps' in wrong))
     other = {'samples': 'not as many', 'classes': 'other classes', 'labels': 'other labels'}
     other = [what for k, what in other.items() if k in meta['data']
@@ -367,7 +367,8 @@ def start_of(text) -> Start: # 'RUN', 'RUN@STEP', or a folder of save_pretrained
         raise ValueError(f'start: there is no folder {name}; give RUN, RUN@STEP, or a folder that save_pretrained wrote')
     steps = sorted(int(m[1]) for p in folder.glob('checkpoints/*') if (m := STEP.fullmatch(p.name)))
     if steps and step is not None and int(step) not in steps:
-        raise ValueError(f'start: {name} holds no checkpoint of step {step}; there are {", ".join(map(str, steps))}')
+        raise ValueError(f'start: {name} holds no checkpoint of step {step}; there are {", ".join(map(str, steps))} (a run that has '
+                         'begun from it goes on without --from: with --config and the same changes)')
     if steps: return Start(folder, None if step is None else int(step), True)
     if step is None and (folder/'config.json').is_file(): return Start(folder, None, False)
     raise ValueError(f'start: {name} holds neither checkpoints nor a config.json; give RUN, RUN@STEP, or a folder that save_pretrained '
@@ -452,7 +453,8 @@ class RunStart:
             raise ValueError(f'start: step {at} of {self.start.folder} is in the stage {meta["stage"]!r}, here it would be in {stage!r}; '
                              'keep joint.* and the number of steps of the first stage')
         differ = {k: [was.get(k), now.get(k)] for k in {**was, **now} if was.get(k) != now.get(k)}
-        if meta['data'] != self.meta['data']:
+        there, here = ({k: v for k, v in d.items() if k != 'looks'} for d in (meta['data'], self.meta['data']))
+        if there != here or other_looks(meta['data'].get('looks', {}), self.meta['data']['looks']):
             differ['data'] = [f'{d["samples"]} samples of {len(d["classes"])} classes' for d in (meta['data'], self.meta['data'])]
         self.meta['from'] |= {'at': at, 'changed': differ}
         return at
@@ -470,7 +472,7 @@ class RunStart:
                  f'{c.system.amp if c.system.amp == "bf16" else "float32"}',
                  f'  in {world.size} process{"es" * (world.size > 1)} on {kind}; folder {self.run.folder}']
         if self.begins: lines.append(f'  begins from {origin["run"]}' + (f' at step {self.at:,}' if self.start.whole else ', weights alone')
-                                     + ''.join(f'; {k} {a} -> {b}' for k, (a, b) in list(origin['changed'].items())[:6] if k not in ABOUT))
+                                     + ''.join(f'; {k} {a} -> {b}' for k, (a, b) in [v for v in origin['changed'].items() if v[0] not in ABOUT][:6]))
         elif self.at:
             lines.append(f'  goes on from step {self.at:,}' + ''.join(f'; {k} {a} -> {b}' for k, (a, b) in list(self.changed.items())[:4]))
         here = c.system.workers * min(world.size, int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
@@ -534,7 +536,9 @@ class RunModel(RunStart):
             raise ValueError(f'start: {self.source.folder} at step {self.at} does not fit this configuration: {e}; begin with the same '
                              'architecture (flow.*), '
                              f'or take the weights alone: --from {self.source.folder}/model') from None
-        save(self.run, self.at, pack(*self.parts), {**self.meta, 'stage': stage.name}, keep=self.keep, forever=self.forever)
+        names = [s.name for s in self.recipe.stages]
+        name = stage.name if self.at > first else names[max(0, names.index(stage.name) - 1)]   # between two: as the other run has it
+        save(self.run, self.at, pack(*self.parts), {**self.meta, 'stage': name}, keep=self.keep, forever=self.forever)
         self.journal.note('from', self.at, **self.meta['from'], out=str(self.run.folder), **{k: few(v) for k, v in lists.items() if v})
         self.journal.note('saved', self.at)
 
@@ -674,7 +678,7 @@ class Training(RunOutput):
         "What to type after a loss that is no number."
         if not (steps := self.run.steps()): return 'There is no checkpoint yet: begin again in another folder.'
         newest, o = f'The newest checkpoint in {self.run.folder} is of step {steps[-1]}.', self.c.optim
-        if e.odd: return f'{newest} Mend or remove the sample; the same command goes on.'
+        if e.odd: return f'{newest} Mend the sample, or put another in its place; the same command goes on.'
         what = f'optim.lr={o.lr / 2:g}' + ' optim.clip=1' * (not o.clip)
         return (f'{newest} The same command would meet the same step again. A new run takes this checkpoint and what is to be different: '
                 f'flowbook_train --from {self.run.folder}@{steps[-1]} --out NEW {what}')

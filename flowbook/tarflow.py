@@ -360,7 +360,7 @@ class TarFlow(BlockFlow, Pretrained):
                         sigma:float=None): # of the noise that it was trained with: goes on the card, where `sample` looks for it
         "A TarFlow from weights in the layout of github.com/apple/ml-tarflow; ValueError names what does not fit."
         if sigma is not None: check_number('sigma', sigma, 0)
-        flow = cls(**published_config(state, channels, head_dim))      # the helpers come in the last section
+        flow = cls(**published_config(state, channels, head_dim))      # the helpers come under Published checkpoints
         load_strictly(flow.to(state['blocks.0.proj_in.weight'].dtype), published_weights(state), 'state')
         flow.card = {'layout': 'ml-tarflow'} | ({} if sigma is None else {'sigma': sigma})
         return flow

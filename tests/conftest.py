@@ -1,6 +1,7 @@
 """What all tests share: one thread (the models are tiny), no model hub, float32 by default; and the table of faults that they make."""
 import json
 import os
+import signal
 import socket
 from pathlib import Path
 
@@ -9,6 +10,9 @@ os.environ.setdefault('MPLBACKEND', 'agg')
 
 import pytest
 import torch
+
+for name, usual in (('SIGHUP', signal.SIG_DFL), ('SIGINT', signal.default_int_handler)):   # a shell's `nohup` and `&` ignore them, and a run respects that
+    if getattr(signal, name, None) and signal.getsignal(getattr(signal, name)) is signal.SIG_IGN: signal.signal(getattr(signal, name), usual)
 
 FAULTS, MARKED = {}, {}                                      # what marked tests found in this session; and what all marked tests are called
 

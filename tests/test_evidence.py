@@ -317,7 +317,7 @@ def test_command_says_when_a_result_is_stale_or_an_identity_fails(tmp_path, caps
     assert experiment.main(['maf_limit', '--out', str(tmp_path), '--force', '--seeds', '2']) == 0 and 'seed 1:' in capsys.readouterr().out
     path = tmp_path / 'maf_limit.smoke.json'
     path.write_text(json.dumps(json.loads(path.read_text()) | {'runs': [r | {'result': r['result'] | {'log_prob': 1.}} for r in json.loads(path.read_text())['runs']]}))
-    assert experiment.main(['maf_limit', '--out', str(tmp_path), '--seeds', '2']) == 1 and 'T4: failed' in capsys.readouterr().out
+    assert experiment.main(['maf_limit', '--out', str(tmp_path), '--seeds', '2']) == 1 and 'T4 failed' in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not RESULTS.is_dir(), reason='the results lie in the checkout')

@@ -392,7 +392,7 @@ def test_mistakes_are_said_before_anything_is_made(tmp_path, monkeypatch):
     assert not (tmp_path/'a').exists()
 
 
-@pytest.mark.fault('data', 'a pixel of one sample is NaN or infinite', 'training stops with the weights of before, and the error names the sample: mend or remove it, then go on')
+@pytest.mark.fault('data', 'a pixel of one sample is NaN or infinite', 'training stops with the weights of before, and the error names the sample: mend it, then go on')
 def test_a_loss_that_is_no_number_names_the_step_and_the_checkpoint(tmp_path, monkeypatch):
     real = scale.build
     def poisoned(*a, **k):

@@ -144,7 +144,7 @@ def test_a_bad_step_changes_nothing_not_even_where_no_copy_is_kept(how):
     assert found[0].keys() == found[1].keys() and all(torch.equal(found[0][k], found[1][k]) for k in found[0]) and found[0]['opt.step.flow.blocks.0.proj_in.weight'] == 3
 
 
-@pytest.mark.fault('data', 'a pixel of one sample is NaN or infinite', 'training stops with the weights of before, and the error names the sample: mend or remove it, then go on')
+@pytest.mark.fault('data', 'a pixel of one sample is NaN or infinite', 'training stops with the weights of before, and the error names the sample: mend it, then go on')
 @pytest.mark.parametrize('value', [math.nan, math.inf])
 def test_the_error_names_the_samples_and_the_one_that_has_no_number(value, tried):
     seen = []

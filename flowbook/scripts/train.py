@@ -68,7 +68,8 @@ def configured(a) -> Config:
         c = config_at(start_of(a.start))
     c = override(c, a.overrides)
     if a.root:
-        c = changed(c, {'data.name': 'folder', 'data.root': str(a.root)})
+        named = a.config or any(o.startswith('data.latents=') for o in a.overrides)   # else --from has brought latents of other images
+        c = changed(c, {'data.name': 'folder', 'data.root': str(a.root), **({} if named else {'data.latents': None})})
         c = adapt(c, open_images(c))
     own = {'seed': a.seed, 'system.workers': a.workers}
     return changed(c, {k: v for k, v in own.items() if v is not None})

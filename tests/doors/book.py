@@ -53,6 +53,10 @@ DOORS = [
     door('readme', lambda tmp: dict(root=checkout(tmp)), root=[*NO_PATH, 'not there']),
     door('readme_problems', lambda tmp: dict(root=checkout(tmp)), root=[*NO_PATH, 'not there']),
     door('pages', lambda tmp: dict(root=checkout(tmp), out=tmp/'site'), root=[*NO_PATH, 'not there'], out=[*NO_PATH, lambda good: good['root'], lambda good: good['root']/'settings.ini']),
+    door('clean_copy', lambda tmp: dict(path=one(tmp)), path=[*NO_PATH, 'not there', spoilt]),
+    door('handout', lambda tmp: dict(root=checkout(tmp), out=tmp/'class'), root=[*NO_PATH, 'not there'], out=[*NO_PATH, lambda good: good['root'], lambda good: good['root']/'settings.ini'], paths=[3, [3], [None]]),
+    door('quarto_config', lambda tmp: dict(root=checkout(tmp)), root=[*NO_PATH, 'not there']),
+    door('dress', lambda tmp: dict(root=checkout(tmp)), root=[*NO_PATH, 'not there']),
     door('check_site', lambda tmp: dict(out=tmp), out=NO_PATH),
     door('exercises', lambda tmp: dict(path=one(tmp)), path=[*NO_PATH, 'not there', spoilt]),
     door('check_exercise', lambda tmp: dict(ex=exercise(tmp)), ex=[None, 'ex-a', 3, {}]),
@@ -60,9 +64,9 @@ DOORS = [
     door('check', lambda tmp: dict(root=ROOT), of=lambda tmp: SimpleNamespace(check=asked), root=[*NO_PATH, 'not there']),
 ]
 INNER = {
-    'checks of `check`, which has looked at the checkout': 'invalid_notebooks unclean_notebooks stale_modules undefined_names outputs stored_errors without_figure malformed_exercises tracked_files machine_paths copied',
-    'pieces of what a page, a figure or an exercise is made of': 'nbdev fold tidy is_off keep_directives for_reader figure_title is_local move_links stylesheet copy_mathjax name_figures page_link PageReader cell_problems attempt',
+    'checks of `check`, which has looked at the checkout': 'bare_references undressed invalid_notebooks unclean_notebooks stale_modules undefined_names outputs stored_errors without_figure malformed_exercises tracked_files machine_paths copied',
+    'pieces of what a page, a figure or an exercise is made of': 'fold_answers doors with_doors nbdev fold tidy is_off keep_directives for_reader figure_title is_local move_links stylesheet copy_mathjax name_figures page_link PageReader cell_problems attempt',
     'checks themselves': 'as_path check_paths',
-    'the command line: what `check`, `run` and `pages` refuse, as a sentence and status 2; tested in test_book.py': 'run_command readme_command pages_command main',
+    'the command line: what `check`, `run` and `pages` refuse, as a sentence and status 2; tested in test_book.py': 'run_command readme_command pages_command dress_command handout_command main',
     'records': 'Page Exercise Report',
 }
