@@ -240,8 +240,8 @@ class Reader(dcp.HuggingFaceStorageReader):
 def read_rows(folder, names) -> list: # of Row
     "What the headers of safetensors files say they hold, as torch.distributed.checkpoint understands them."
     found = Reader(folder, names).read_metadata().state_dict_metadata
-    return [Row(k, str(m.properties.dtype)[6:], tuple(m.size), tuple(c.offsets), tuple(c.sizes)) for k,
-            m in found.items() for c in m.chunks]
+    return [Row(k, str(m.properties.dtype)[6:], tuple(m.size), tuple(c.offsets), tuple(c.sizes))
+            for k, m in found.items() for c in m.chunks]
 
 # %% ../nbs/15_checkpoint.ipynb #058eb107
 FORMAT = 'flowbook checkpoint 1'

@@ -243,7 +243,7 @@ def flow_of(model:nn.Module) -> nn.Module:
 
 def units(model:nn.Module) -> list:
     "What FSDP2 gathers and frees at once, as the plan counts it."
-    return [m for _, m in shard_plan(model)] # what FSDP2 gathers and frees at once, as the plan counts it
+    return [m for _, m in shard_plan(model)]
 
 def shard(model:nn.Module, world:World, learned=()) -> nn.Module: # learned: modules of the objective, such as a projector
     "Parameters, gradients and whatever an optimiser keeps of them, dealt out over all processes. FSDP2."
@@ -389,7 +389,7 @@ def config_at(start:Start) -> Config:
 
 def by_class(name:str) -> bool:
     "Is this a tensor with a row for each class?"
-    return name.endswith('embed.weight') # a tensor with a row for each class
+    return name.endswith('embed.weight')
 
 # %% ../nbs/15_scale.ipynb #27761170
 def fill(model:nn.Module, state:dict, source) -> dict: # -> {'anew': names, 'left out': names}
@@ -471,10 +471,12 @@ class RunStart:
                  f'  on {images} ({classes}), {c.optim.batch_size} a step, {total:,} steps, '
                  f'{c.system.amp if c.system.amp == "bf16" else "float32"}',
                  f'  in {world.size} process{"es" * (world.size > 1)} on {kind}; folder {self.run.folder}']
-        if self.begins: lines.append(f'  begins from {origin["run"]}' + (f' at step {self.at:,}' if self.start.whole else ', weights alone')
-                                     + ''.join(f'; {k} {a} -> {b}' for k, (a, b) in [v for v in origin['changed'].items() if v[0] not in ABOUT][:6]))
+        said = lambda changed, most: ''.join(f'; {k} {a} -> {b}' for k, (a, b) in list(changed.items())[:most])
+        if self.begins:
+            lines.append(f'  begins from {origin["run"]}' + (f' at step {self.at:,}' if self.start.whole else ', weights alone')
+                         + said({k: v for k, v in origin['changed'].items() if k not in ABOUT}, 6))
         elif self.at:
-            lines.append(f'  goes on from step {self.at:,}' + ''.join(f'; {k} {a} -> {b}' for k, (a, b) in list(self.changed.items())[:4]))
+            lines.append(f'  goes on from step {self.at:,}' + said(self.changed, 4))
         here = c.system.workers * min(world.size, int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
         if here > (cores := len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()):
             lines.append(f'  {here} worker processes read images, and this machine has {cores} cores: --workers '
@@ -729,10 +731,10 @@ def train(c:Config,                      # of `find_config`, perhaps overridden
 def judge_of(c:Config, n, reference, extractor, world:World) -> tuple: # (Statistics, samples, metrics, extractor), as `quality` takes them
     "Who judges samples, and against what: opened before the first step, because an hour later is too late to miss a file."
     small = (c.data.name, c.data.image_size) == ('digits', 8)
-    look = make_extractor('digits' if small else 'inception', device=world.device) if extractor == 'auto' else make_extractor(extractor,
-            device=world.device)
-    reference = load_statistics(reference) if isinstance(reference, (str, Path)) else reference or collect(open_images(c), look, keep=False,
-            device=world.device)
+    if extractor == 'auto': extractor = 'digits' if small else 'inception'
+    look = make_extractor(extractor, device=world.device)
+    if isinstance(reference, (str, Path)): reference = load_statistics(reference)
+    else: reference = reference or collect(open_images(c), look, keep=False, device=world.device)
     n = min(c.sample.n, reference.n) if n is None else n
     if n < 2 * world.size: raise ValueError(f'fid_n: {n}; a metric needs 2 samples or more in each of {world.size} processes')
     return reference, n, ('fid',), look

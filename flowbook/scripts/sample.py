@@ -88,8 +88,8 @@ class Opened:
     # y (b,) or None; attempt: other latents for the same numbers
     def draw(self, index:Tensor, y, way:Way=Way(), seed:int=0, solver='sequential', sigma=None, dtype=None, attempt:int=0) -> Drawn:
         "The samples with these numbers: drawn, inverted with guidance, moved along the scores, denoised, decoded."
-        check_tensor('index', index, 'b', 'integers', 'the numbers of samples'); check_whole('seed', seed, 0); check_whole('attempt',
-            attempt, 0)
+        check_tensor('index', index, 'b', 'integers', 'the numbers of samples')
+        check_whole('seed', seed, 0); check_whole('attempt', attempt, 0)
         if not isinstance(way, Way): raise ValueError(f'way: {type(way).__name__} came, must be a Way')
         if way.denoise: check_number('sigma', sigma, 0, what='the noise that is to be removed')
         like, scale = next(self.flow.parameters()), torch.as_tensor(self.flow.prior_var).detach().sqrt()
@@ -173,8 +173,8 @@ def open_model(name,                 # a folder of save_pretrained or of a run, 
         raise ValueError(f'checkpoint: {name} holds no config.json; give a folder that save_pretrained wrote, or the one of a run that '
                          'has saved')
     config, card = (read_json(folder/f) if (folder/f).exists() else {} for f in ('config.json', 'card.json'))
-    kind, size = str(config.get('_class_name', 'model without a name')), config.get('flow', config) if isinstance(config.get('flow'),
-        dict) else config
+    kind = str(config.get('_class_name', 'model without a name'))
+    size = config['flow'] if isinstance(config.get('flow'), dict) else config
     if kind in (*FLOWS, 'SimFlow'): check_card(card, folder/'card.json', size.get('classes', 0))
     over_latents = vae is not None or (folder/'vae').is_dir() or 'vae' in card or 'vae_name' in card
     if kind == 'SimFlow' and vae is None: return OpenedJoint(SimFlow.from_pretrained(folder, device), str(name))

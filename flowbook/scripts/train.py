@@ -124,7 +124,7 @@ A worker's death ends all of them at once; --max-restarts starts them again, and
 Ctrl-C saves and leaves, and so does a terminal that closes (nohup keeps the run); Ctrl-C twice leaves at once.
 Called again, with the same --out, a run goes on; on more or fewer GPUs, too, if the batch divides.
 With another learning rate, noise or precision it is a new run: --from RUN --out NEW optim.lr=5e-5; from weights alone: --from RUN/model.
-Images of another size: data.image_size is theirs, flow.image_size what the flow sees; without a VAE the two are one number, give both.
+Images of another size: data.image_size=N; flow.image_size, what the flow sees, follows (without a VAE the two are one number).
 Exit status: 0 done, 1 wrong, 75 stopped and saved, 3 a plan with problems; RUN/status holds done or stopped.
 Always -m: by its path, `python flowbook/scripts/train.py`, the script cannot find its package.
 """
@@ -163,8 +163,8 @@ def first_to_say(words:str) -> bool:
     from torch.distributed import TCPStore
     name = f'said-{os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}-{hashlib.sha256(words.encode()).hexdigest()}'
     try:
-        return TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False, timeout=timedelta(seconds=10)).add(name,
-                1) == 1
+        store = TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False, timeout=timedelta(seconds=10))
+        return store.add(name, 1) == 1
     except Exception: return True
 
 def give_up(words:str) -> None:
